@@ -4,6 +4,8 @@ Results equal those of the kernels: integers exactly, sums to the rounding of fl
 SciPy is imported when the first mask is labelled.
 """
 
+from typing import Any
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -127,15 +129,28 @@ def _largest_voxel(voxels: Indices, names: Indices) -> Indices:
 
 def _propagate(mask: Tensor, rounds: int) -> Tensor:
     """`rounds` of 3x3x3 max-pooling of the linear indices (from 1) inside the mask, until nothing changes."""
-    voxels = mask[0].numel()
-    # float64 holds every index exactly; max pooling has no integer version for volumes.
-    current = torch.arange(1, voxels + 1, dtype=torch.float64).view(1, *mask.shape[1:]) * mask
+    voxels = np.flatnonzero(mask.numpy())
+    # A rim of background makes every neighbour of a voxel a fixed step away.
+    padded = np.pad(mask.numpy(), ((0, 0), (1, 1), (1, 1), (1, 1)))
+    places = np.flatnonzero(padded)
+    number = np.zeros(padded.size, dtype=np.int64)
+    number[places] = np.arange(1, len(places) + 1)
+    _, _, height, width = padded.shape
+    steps = [(d * height + h) * width + w for d in (-1, 0, 1) for h in (-1, 0, 1) for w in (-1, 0, 1)]
+    neighbours = [number[places + step] for step in steps]
+
+    current = np.zeros(len(voxels) + 1, dtype=np.int32)  # place 0 is the background
+    current[1:] = voxels % mask[0].numel() + 1
     for _ in range(rounds):
-        pooled = torch.nn.functional.max_pool3d(current.unsqueeze(1), 3, stride=1, padding=1).squeeze(1) * mask
-        if torch.equal(pooled, current):
+        pooled = current.copy()
+        for neighbour in neighbours:
+            np.maximum(pooled[1:], current[neighbour], out=pooled[1:])
+        if np.array_equal(pooled, current):
             break
         current = pooled
-    return current.int()
+    ids = torch.zeros(mask.shape, dtype=torch.int32)
+    ids.numpy().reshape(-1)[voxels] = current[1:]
+    return ids
 
 
 def _number(
@@ -189,33 +204,41 @@ def _measure(voxels: Indices, rows: Indices, shape: tuple[int, ...], capacity: i
 
 
 class _Foreground:
-    """The voxels of one row map: where they are, and what the volumes hold there."""
+    """The voxels of one row map: where they are, and what the volumes hold there.
+
+    Lists this short are gathered with NumPy: PyTorch would wake its threads for each.
+    """
 
     def __init__(self, rows: Tensor, capacity: int) -> None:
-        self.voxels = np.flatnonzero((rows != 0).numpy())
-        self.where = torch.from_numpy(self.voxels)
-        self.rows = rows.view(-1)[self.where].long()
-        self.samples = self.where // rows[0].numel()
+        self.voxels = np.flatnonzero(rows.numpy() != 0)
+        self.rows = rows.numpy().reshape(-1)[self.voxels].astype(np.int64)
+        self.samples = self.voxels // rows[0].numel()
         self.at = self.samples * capacity + self.rows - 1
         self.shape = (rows.shape[0], capacity)
 
-    def take(self, volume: Tensor) -> Tensor:
+    def take(self, volume: Tensor) -> NDArray[Any]:
         """The values of `volume` at the voxels."""
-        return volume.view(-1)[self.where]
+        taken: NDArray[Any] = volume.numpy().reshape(-1)[self.voxels]
+        return taken
 
-    def table(self, columns: dict[int, Tensor]) -> Tensor:
+    def activated(self, a: Tensor) -> Tensor:
+        """The activated outputs at the voxels, as floating-point numbers."""
+        values = torch.from_numpy(self.take(a))
+        return values.float() if values.dtype == torch.bool else values
+
+    def table(self, columns: dict[int, Tensor | NDArray[Any]]) -> Tensor:
         """Sums over each instance, one column a quantity, (B, capacity, columns)."""
         size = self.shape[0] * self.shape[1]
-        table = torch.zeros((size, SUMS_COLUMNS), dtype=torch.float64)
+        table = np.zeros((size, SUMS_COLUMNS))
         for column, values in columns.items():
-            table[:, column] = torch.bincount(self.at, weights=values.double(), minlength=size)
-        return table.view(*self.shape, SUMS_COLUMNS)
+            table[:, column] = np.bincount(self.at, weights=np.asarray(values), minlength=size)
+        return torch.from_numpy(table).view(*self.shape, SUMS_COLUMNS)
 
 
-def _values(foreground: _Foreground, a: Tensor) -> Tensor:
-    """Activated outputs at the voxels, as numbers."""
-    values = foreground.take(a)
-    return values.float() if values.dtype == torch.bool else values
+def _inside_kept(lab: _Foreground, out_rows: Tensor, kept: Tensor) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+    """At the voxels of the labels: the output instance, and whether it is kept."""
+    output = lab.take(out_rows)
+    return output, (output > 0) & (output <= kept.numpy()[lab.samples])
 
 
 def sum_instances(
@@ -232,34 +255,32 @@ def sum_instances(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Operator `sum_instances` (ops.py)."""
     out = _Foreground(out_rows, out_capacity)
-    values = _values(out, a)
-    on_label = out.take(lab_rows) > 0
-    zero = torch.zeros_like(values)
-    excess = (
-        torch.where(out.take(y), zero, phi(quantity, values * values, 0.0)) if no_tp else phi(quantity, values, 0.0)
-    )
+    values = out.activated(a)
+    label = out.take(lab_rows)
+    on_label = torch.from_numpy(label > 0)
+    at_nothing = phi(quantity, values, 0.0)
+    excess = phi(quantity, values * values, 0.0).masked_fill(torch.from_numpy(out.take(y)), 0.0)
     out_sums = out.table(
         {
             MASS: values,
-            INTERSECTION: torch.where(on_label, values, zero),
-            COST: torch.where(on_label, phi(quantity, values, 1.0), phi(quantity, values, 0.0)),
-            EXCESS: excess,
+            INTERSECTION: values.masked_fill(~on_label, 0.0),
+            COST: torch.where(on_label, phi(quantity, values, 1.0), at_nothing),
+            EXCESS: excess if no_tp else at_nothing,
             OVERLAP: on_label,
         }
     )
-    pairs = _pairs(out, out.take(lab_rows), kept, pair_capacity)
+    pairs = _pairs(out, label, kept, pair_capacity)
 
     lab = _Foreground(lab_rows, lab_capacity)
-    values = _values(lab, a)
-    output = lab.take(out_rows)
-    inside = (output > 0) & (output <= kept[lab.samples])
+    values = lab.activated(a)
+    output, inside = _inside_kept(lab, out_rows, kept)
+    outside = torch.from_numpy(~inside)
     cost = phi(quantity, values, 1.0) if no_tp else phi(quantity, values, 1.0) - phi(quantity, values, 0.0)
-    zero = torch.zeros_like(values)
     lab_sums = lab.table(
         {
             MASS: values,
-            INTERSECTION: torch.where(inside, values, zero),
-            COST: torch.where(inside, cost, zero),
+            INTERSECTION: values.masked_fill(outside, 0.0),
+            COST: cost.masked_fill(outside, 0.0),
             TOUCHED: output > 0,
             OVERLAP: inside,
         }
@@ -267,14 +288,13 @@ def sum_instances(
     return out_sums, lab_sums, _sample_sums(a, y, quantity), pairs
 
 
-def _pairs(out: _Foreground, labels: Tensor, kept: Tensor, capacity: int) -> Tensor:
+def _pairs(out: _Foreground, label: NDArray[np.int32], kept: Tensor, capacity: int) -> Tensor:
     """Each pair of a kept output and a label that share a voxel, once."""
-    batch = len(kept)
-    meet = (labels > 0) & (out.rows <= kept[out.samples])
-    keys = (out.rows[meet] << 32 | labels[meet]).numpy()
-    samples = out.samples[meet].numpy()
-    pairs = torch.zeros((batch, capacity), dtype=torch.int64)
-    for sample in range(batch):
+    meet = (label > 0) & (out.rows <= kept.numpy()[out.samples])
+    keys = out.rows[meet] << 32 | label[meet]
+    samples = out.samples[meet]
+    pairs = torch.zeros((len(kept), capacity), dtype=torch.int64)
+    for sample in range(len(kept)):
         found = np.unique(keys[samples == sample])
         pairs[sample, : len(found)] = torch.from_numpy(found)
     return pairs
@@ -283,21 +303,16 @@ def _pairs(out: _Foreground, labels: Tensor, kept: Tensor, capacity: int) -> Ten
 def _sample_sums(a: Tensor, y: Tensor, quantity: int) -> Tensor:
     """Sums of a * y, phi(a, y) and y over each sample."""
     sums = torch.zeros((a.shape[0], SAMPLE_COLUMNS), dtype=torch.float64)
-    one = torch.ones((), dtype=torch.float64)
     for sample, (values, truth) in enumerate(zip(a.flatten(1), y.flatten(1), strict=True)):
-        labelled = torch.from_numpy(np.flatnonzero(truth.numpy()))
-        on_label = values[labelled]
+        labelled = np.flatnonzero(truth.numpy())
+        on_label = torch.from_numpy(values.numpy()[labelled]).double()
         if a.dtype == torch.bool:
-            both, ones = on_label.count_nonzero(), values.count_nonzero()
-            intersection: Tensor = both.double()
-            cost = both * phi(quantity, one, 1.0) + (ones - both) * phi(quantity, one, 0.0)
-            cost = cost + (len(labelled) - both) * phi(quantity, 0.0 * one, 1.0)
+            one = torch.ones((), dtype=torch.float64)
+            cost = np.count_nonzero(values.numpy()) * phi(quantity, one, 0.0)
         else:
-            intersection = on_label.sum(dtype=torch.float64)
             cost = phi(quantity, values, 0.0).sum(dtype=torch.float64)
-            change = phi(quantity, on_label, 1.0).double() - phi(quantity, on_label, 0.0).double()
-            cost = cost + change.sum()
-        sums[sample, 0], sums[sample, 1], sums[sample, 2] = intersection, cost, float(len(labelled))
+        cost = cost + (phi(quantity, on_label, 1.0) - phi(quantity, on_label, 0.0)).sum()
+        sums[sample, 0], sums[sample, 1], sums[sample, 2] = on_label.sum(), cost, float(len(labelled))
     return sums
 
 
@@ -316,36 +331,34 @@ def sum_instances_backward(
 ) -> Tensor:
     """Operator `sum_instances_backward` (ops.py)."""
     grad = torch.zeros(a.shape, dtype=dtype)
+    slopes = grad.numpy().reshape(-1)
 
     out = _Foreground(out_rows, grad_out_sums.shape[1])
-    grads = grad_out_sums.reshape(-1, SUMS_COLUMNS)[out.at]
-    values = _values(out, a)
-    on_label = out.take(lab_rows) > 0
-    at_one, at_zero = phi_derivative(quantity, values, 1.0), phi_derivative(quantity, values, 0.0)
-    if no_tp:
-        squared = phi_derivative(quantity, values * values, 0.0) * values
-        excess = torch.where(out.take(y), torch.zeros_like(values), squared)
-    else:
-        excess = at_zero
-    slope = grads[:, MASS] + on_label * grads[:, INTERSECTION]
-    slope = slope + grads[:, COST] * torch.where(on_label, at_one, at_zero) + grads[:, EXCESS] * excess
-    grad.view(-1)[out.where] = slope.to(dtype)
+    grads = torch.from_numpy(grad_out_sums.numpy().reshape(-1, SUMS_COLUMNS)[out.at])
+    values = out.activated(a)
+    on_label = torch.from_numpy(out.take(lab_rows) > 0)
+    at_nothing = phi_derivative(quantity, values, 0.0)
+    cost = torch.where(on_label, phi_derivative(quantity, values, 1.0), at_nothing)
+    squared = phi_derivative(quantity, values * values, 0.0) * values
+    excess = squared.masked_fill(torch.from_numpy(out.take(y)), 0.0) if no_tp else at_nothing
+    slope = grads[:, MASS] + on_label * grads[:, INTERSECTION] + grads[:, COST] * cost + grads[:, EXCESS] * excess
+    slopes[out.voxels] = slope.numpy()
 
     lab = _Foreground(lab_rows, grad_lab_sums.shape[1])
-    grads = grad_lab_sums.reshape(-1, SUMS_COLUMNS)[lab.at]
-    values = _values(lab, a)
-    output = lab.take(out_rows)
-    inside = (output > 0) & (output <= kept[lab.samples])
+    grads = torch.from_numpy(grad_lab_sums.numpy().reshape(-1, SUMS_COLUMNS)[lab.at])
+    values = lab.activated(a)
+    _, inside = _inside_kept(lab, out_rows, kept)
     cost = phi_derivative(quantity, values, 1.0)
     if not no_tp:
         cost = cost - phi_derivative(quantity, values, 0.0)
-    slope = grads[:, MASS] + torch.where(inside, grads[:, INTERSECTION] + grads[:, COST] * cost, 0.0)
-    grad.view(-1)[lab.where] += slope.to(dtype)
+    matched = grads[:, INTERSECTION] + grads[:, COST] * cost
+    slope = grads[:, MASS] + matched.masked_fill(torch.from_numpy(~inside), 0.0)
+    slopes[lab.voxels] += slope.numpy()
 
     for sample, (on_intersection, on_cost, _) in enumerate(grad_sample_sums.tolist()):
         if on_intersection != 0.0 or on_cost != 0.0:
-            values, truth = a[sample].to(dtype), y[sample].to(dtype)
-            grad[sample] += on_intersection * truth + on_cost * phi_derivative(quantity, values, truth)
+            whole, truth = a[sample].to(dtype), y[sample].to(dtype)
+            grad[sample] += on_intersection * truth + on_cost * phi_derivative(quantity, whole, truth)
     return grad
 
 
