@@ -128,29 +128,39 @@ def _largest_voxel(voxels: Indices, names: Indices) -> Indices:
 
 
 def _propagate(mask: Tensor, rounds: int) -> Tensor:
-    """`rounds` of 3x3x3 max-pooling of the linear indices (from 1) inside the mask, until nothing changes."""
-    voxels = np.flatnonzero(mask.numpy())
-    # A rim of background makes every neighbour of a voxel a fixed step away.
-    padded = np.pad(mask.numpy(), ((0, 0), (1, 1), (1, 1), (1, 1)))
-    places = np.flatnonzero(padded)
-    number = np.zeros(padded.size, dtype=np.int64)
-    number[places] = np.arange(1, len(places) + 1)
-    _, _, height, width = padded.shape
-    steps = [(d * height + h) * width + w for d in (-1, 0, 1) for h in (-1, 0, 1) for w in (-1, 0, 1)]
-    neighbours = [number[places + step] for step in steps]
+    """`rounds` of 3x3x3 max-pooling of the linear indices (from 1) inside the mask."""
+    from scipy import ndimage
 
-    current = np.zeros(len(voxels) + 1, dtype=np.int32)  # place 0 is the background
-    current[1:] = voxels % mask[0].numel() + 1
+    ids = components(mask, 0)
+    voxels, names = _label(mask.numpy())
+    sizes = np.bincount(names)
+    named = np.zeros(mask.shape, dtype=np.int32)
+    named.reshape(-1)[voxels] = names + 1
+    index = np.arange(1, mask[0].numel() + 1, dtype=np.int32).reshape(1, *mask.shape[1:])
+    for name, box in enumerate(ndimage.find_objects(named)):
+        # A component of at most rounds + 1 voxels is no wider than `rounds` steps, and stays whole.
+        if sizes[name] > rounds + 1:
+            inside = named[box] == name + 1
+            ids.numpy()[box][inside] = _pool(index[0][box[1:]][None], inside, rounds)[inside]
+    return ids
+
+
+def _pool(values: NDArray[np.int32], inside: NDArray[np.bool_], rounds: int) -> NDArray[np.int32]:
+    """Rounds of 3x3x3 max-pooling of positive `values` where `inside`, until nothing changes."""
+    current = np.where(inside, values, 0)
     for _ in range(rounds):
-        pooled = current.copy()
-        for neighbour in neighbours:
-            np.maximum(pooled[1:], current[neighbour], out=pooled[1:])
+        pooled = current
+        for axis in (1, 2, 3):  # the largest of a cube is the largest of lines of largest
+            line = np.moveaxis(pooled, axis, 0)
+            pooled = pooled.copy()
+            widened = np.moveaxis(pooled, axis, 0)
+            np.maximum(widened[1:], line[:-1], out=widened[1:])
+            np.maximum(widened[:-1], line[1:], out=widened[:-1])
+        pooled *= inside
         if np.array_equal(pooled, current):
             break
         current = pooled
-    ids = torch.zeros(mask.shape, dtype=torch.int32)
-    ids.numpy().reshape(-1)[voxels] = current[1:]
-    return ids
+    return current
 
 
 def _number(
