@@ -11,7 +11,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 pytest.importorskip("triton")
 
-from triton_instance_loss.kernels import blocks, centers, components, numbering, proximity, tables  # noqa: E402
+from triton_instance_loss.kernels import blocks, centers, components, numbering, proximity, tables
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FAR = 2**31 - 1
@@ -277,7 +277,7 @@ def plain_sums(a, y, out_rows, lab_rows, kept, quantity, no_tp, out_capacity, la
 
 
 def random_case(shape, dtype, seed=0):
-    """a in (0, 1) or hard, y, row maps whose labels are not exactly y, and a cap that some samples exceed."""
+    """A in (0, 1) or hard, y, row maps whose labels are not exactly y, and a cap that some samples exceed."""
     generator = torch.Generator().manual_seed(seed)
     a = torch.rand(shape, generator=generator, dtype=torch.float64)
     a = a > 0.5 if dtype == torch.bool else a.to(dtype)

@@ -3,7 +3,7 @@
 A volume is (B, D, H, W) and contiguous; an image comes as a volume with D = 1. `V = D * H * W`.
 A *row map* holds at each voxel the number of its instance, 1..n in id order, or 0; row r of a table is instance r + 1.
 Tables have a fixed number of rows, `capacity`, so that no shape depends on data and Python never reads a count.
-CPU tensors go to `cpu.py`, CUDA tensors to `kernels/`. The environment variable `TRITON_INSTANCE_LOSS_BACKEND`
+CPU tensors go to `cpu/`, CUDA tensors to `kernels/`, which have the same rooms. The environment variable `TRITON_INSTANCE_LOSS_BACKEND`
 (`cpu` or `triton`), read at each call, overrides that. This module imports neither Triton nor SciPy.
 """
 
@@ -99,8 +99,8 @@ def backend(tensor: Tensor) -> str:
     return chosen
 
 
-# Which file of kernels/ holds the launcher of an operator.
-_KERNEL_ROOMS = {
+# Which room of `cpu/` holds an operator, and of `kernels/` its launcher.
+_ROOMS = {
     "components": "components",
     "find_instances": "components",
     "number_instances": "components",
@@ -117,9 +117,8 @@ def _dispatch(name: str) -> Any:
     def run(*args: Any) -> Any:
         first: Tensor = args[0]
         if backend(first) == "cpu":
-            return getattr(importlib.import_module(".cpu", __package__), name)(*args)
-        room = importlib.import_module(f".kernels.{_KERNEL_ROOMS[name]}", __package__)
-        launch = getattr(room, f"launch_{name}")
+            return getattr(importlib.import_module(f".cpu.{_ROOMS[name]}", __package__), name)(*args)
+        launch = getattr(importlib.import_module(f".kernels.{_ROOMS[name]}", __package__), f"launch_{name}")
         if first.device.type == "cpu":
             return launch(*args)
         with torch.cuda.device(first.device):
