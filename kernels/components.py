@@ -73,7 +73,7 @@ def _unite(parents_ptr, left, right, active):
         old = tl.atomic_max(parents_ptr + low, high, mask=at_root, sem="relaxed")
         left = tl.where(at_root, old, parent)
         right = high
-        active = active & ~(at_root & (old == low)) & (left != right)
+        active = active & ((parent != low) | (old != low)) & (left != right)
 
 
 @triton.jit

@@ -42,6 +42,7 @@ COLUMNS: tl.constexpr = tl.constexpr(ops.SUMS_COLUMNS)
 SAMPLE_COLUMNS: tl.constexpr = tl.constexpr(ops.SAMPLE_COLUMNS)
 # One warp, for two reasons: it reduces without barriers, and all its threads see one slot of the hash table alike.
 SUMS_BLOCK, SUMS_WARPS = 256, 1
+THREADS: tl.constexpr = tl.constexpr(32 * SUMS_WARPS)
 GRADIENT_BLOCK = 512
 PAIRS_BLOCK = 256
 # Odd multipliers with well spread bits (from the golden ratio and from MurmurHash3); below 2^32, so that a product with a
@@ -103,16 +104,18 @@ def _times(grad, slope, here):
 
 @triton.jit
 def _insert_pair(pairs_ptr, out, lab, slots):
-    """Put the pair of rows into the hash table of `slots` (a power of two), if it is not there and not everything is full."""
+    """Put a pair of rows into the hash table of `slots` (a power of two), unless it is there or the table is full."""
     key = (out << 32) | lab
     slot = (((out * OUT_FACTOR) ^ (lab * LAB_FACTOR)) >> HASH_SHIFT) & (slots - 1)
+    empty = tl.zeros((THREADS,), tl.int64)
     probes = 0
     while probes < slots:
         found = tl.load(pairs_ptr + slot)
         if found == 0:
-            found = tl.atomic_cas(pairs_ptr + slot, key ^ key, key, sem="relaxed")
-        ours = (found == 0) | (found == key)
-        probes = tl.where(ours, slots, probes + 1)
+            # All threads try to take the slot: Triton up to 3.4 can't assemble a scalar compare-and-swap of 64 bits. If one of
+            # them did, the next ones found the key there.
+            found = tl.max(tl.atomic_cas(pairs_ptr + slot + empty, empty, empty + key, sem="relaxed"), axis=0)
+        probes = tl.where(found == key, slots, probes + 1)
         slot = (slot + 1) & (slots - 1)
 
 
