@@ -195,7 +195,7 @@ def launch_number_instances(ids: Tensor, min_size: int, capacity: int) -> tuple[
     # Any 63-bit id becomes its rank among the ids of its sample, which keeps their order and fits a table by voxel.
     values, order = ids.flatten(1).sort(dim=1)
     new = values > 0
-    new[:, 1:] &= values[:, 1:] != values[:, :-1]
+    new[:, 1:].logical_and_(values[:, 1:] != values[:, :-1])
     # One flat cumsum: along the last axis of a few long rows, torch's runs on a few threads. Earlier samples only add to
     # the ranks of later ones, and are taken off again.
     ranks = new.flatten().cumsum(0, dtype=torch.int32).view(new.shape)

@@ -110,8 +110,8 @@ def number(ids: Tensor, min_size: int, capacity: int) -> tuple[Tensor, Tensor, T
     num_voxels = depth * height * width
     rows = torch.empty_like(ids)
     geometry = torch.zeros((batch, capacity, ops.GEOMETRY_COLUMNS), dtype=torch.int64, device=ids.device)
-    geometry[..., ops.LOWS] = 2**31 - 1
-    geometry[..., ops.HIGHS] = -1
+    geometry[..., ops.LOWS].fill_(2**31 - 1)
+    geometry[..., ops.HIGHS].fill_(-1)
     if ids.numel() == 0:
         return rows, torch.zeros(batch, dtype=torch.int32, device=ids.device), geometry
     block = block_size(num_voxels, REDUCE_BLOCK)

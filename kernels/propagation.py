@@ -59,7 +59,7 @@ def propagate(mask: Tensor, rounds: int) -> Tensor:
     target = torch.empty_like(source)
     rounds = min(rounds, num_voxels)  # no path inside the mask is longer
     flags = torch.zeros(rounds + 1, dtype=torch.int32, device=mask.device)
-    flags[:1] = 1
+    flags[:1].fill_(1)
     block = block_size(num_voxels, ROUND_BLOCK)
     grid = (triton.cdiv(num_voxels, block), batch)
     for i in range(rounds):
