@@ -3,13 +3,14 @@
 1. `_tally_kernel`: how many voxels each id has, in a table by id (an id is at most the number of voxels). Without a
    smallest size it is enough to know that there is one, a plain store.
 2. A running count of the tallies that are large enough (`torch.cumsum`) gives each id its row.
-3. `_geometry_kernel`: each voxel looks its row up, and the block adds up size, coordinates and bounds of the instances in it.
+3. `_geometry_kernel`: each voxel looks its row up, and the block adds up size, coordinates and bounds of the
+   instances in it.
 
-A large instance is one address, on which atomics of single voxels would queue. So a block first adds up by itself: while
-lanes remain, take the largest key, reduce its lanes, send one scalar atomic for each number, drop those lanes.
+A large instance is one address, on which atomics of single voxels would queue. So a block first adds up by itself:
+while lanes remain, take the largest key, reduce its lanes, send one scalar atomic for each number, drop those lanes.
 
-Backward: none. Deterministic: integers only. Bytes a voxel: 4 + 4 read and 4 written besides the table by id, which is
-4 zeroed, 4 + 4 counted, and is looked up by foreground only.
+Backward: none. Deterministic: integers only. Bytes a voxel: 4 + 4 read and 4 written besides the table by id, which
+is 4 zeroed, 4 + 4 counted, and is looked up by foreground only.
 """
 
 import torch

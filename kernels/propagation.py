@@ -1,13 +1,13 @@
 """Bounded labelling: what k rounds of masked 3x3x3 max-pooling make of the ids.
 
-At first each foreground voxel holds its own id, its linear index + 1. A round gives every foreground voxel the largest id among
-itself and its 26 neighbours; the background stays 0. So after k rounds a voxel holds the largest id within k steps inside
-the mask. Each round is one launch, from one buffer into the other. A round that changes something raises the flag of the next
-one; a launch whose flag is down returns at once, and both buffers hold the result by then, so no count of rounds has to
-come back to Python.
+At first each foreground voxel holds its own id, its linear index + 1. A round gives every foreground voxel the
+largest id among itself and its 26 neighbours; the background stays 0. So after k rounds a voxel holds the largest id
+within k steps inside the mask. Each round is one launch, from one buffer into the other. A round that changes
+something raises the flag of the next one; a launch whose flag is down returns at once, and both buffers hold the
+result by then, so no count of rounds has to come back to Python.
 
-Backward: none, ids are constants. Deterministic: rounds are maxima, and a flag is only ever raised.
-Bytes a voxel and round: 4 read (27 loads, of which 26 come from cache; background voxels load only themselves), 4 written.
+Backward: none, ids are constants. Deterministic: rounds are maxima, and a flag is only ever raised. Bytes a voxel and
+round: 4 read (27 loads, of which 26 come from cache; background voxels load only themselves), 4 written.
 """
 
 import torch

@@ -1,9 +1,9 @@
 """Compile every kernel for the GPUs we support, without one, and say how many registers each takes.
 
-The launchers are called on fake tensors, with `JITFunction.run` replaced by one that notes what would be launched: the
-types, constants, blocks and warps are those of a real launch. A launcher that asks for a value, and so would wait for the
-device, fails on a fake tensor. `python tests/compile_kernels.py` prints a table; `--json` one line for
-each compiled kernel, as `test_compile.py` reads it. Must not run under TRITON_INTERPRET.
+The launchers are called on fake tensors, with `JITFunction.run` replaced by one that notes what would be launched:
+the types, constants, blocks and warps are those of a real launch. A launcher that asks for a value, and so would wait
+for the device, fails on a fake tensor. `python tests/compile_kernels.py` prints a table; `--json` one line for each
+compiled kernel, as `test_compile.py` reads it. Must not run under TRITON_INTERPRET.
 """
 
 import argparse
@@ -149,7 +149,7 @@ def main():
         if options.json:
             print(json.dumps(line))
         else:
-            print("{architecture:4} {reg:4} registers {stack:4} stack {local:4} local  {kernel}  {variant}".format(**line))
+            print("{architecture} {reg:4} registers {stack} stack {local} local  {kernel}  {variant}".format(**line))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from triton_instance_loss.kernels import blocks, centers, components, numbering,
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FAR = 2**31 - 1
-# Of a gradient, relative to the largest: ours is rounded once, but the plain one adds up to ten terms in the precision of a.
+# Of a gradient, relative to its largest: ours is rounded once, the plain one adds ten terms in the precision of a.
 GRADIENT_ERRORS = {torch.float32: 2e-6, torch.float64: 1e-14}
 # 3D, 2D as D = 1, a line and a single voxel: odd, so co-prime with cells and blocks.
 SHAPES = [(2, 5, 7, 9), (1, 1, 13, 11), (3, 1, 1, 1), (1, 1, 1, 17), (1, 11, 1, 3)]
@@ -307,7 +307,7 @@ def plain_sums(a, y, out_rows, lab_rows, kept, quantity, no_tp, out_capacity, la
 
 
 def random_case(shape, dtype, seed=0):
-    """A in (0, 1) or hard, y, row maps whose labels are not exactly y, and a cap that some samples exceed."""
+    """Outputs a in (0, 1) or hard, y, row maps whose labels are not exactly y, and a cap that some samples exceed."""
     generator = torch.Generator().manual_seed(seed)
     a = torch.rand(shape, generator=generator, dtype=torch.float64)
     a = a > 0.5 if dtype == torch.bool else a.to(dtype)
@@ -531,7 +531,7 @@ def test_centers_drawn():
 
 
 def plain_boxes(geometry, count, shape, planar):
-    """Bounds of the extended boxes, or of the one in the middle, (n, 3) float64 each; planar leaves out the first axis."""
+    """Bounds of the extended boxes, or of the one in the middle, (n, 3) each; planar leaves out the first axis."""
     lows, highs = geometry[:count, 4:7], geometry[:count, 7:10]
     dims = torch.tensor(shape, device=geometry.device)
     extent = (highs - lows).clamp(min=1)
