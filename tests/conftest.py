@@ -1,4 +1,4 @@
-"""Where there is no CUDA device, kernels run in Triton's interpreter: asked for before the first import of Triton."""
+"""Where there is no CUDA device, kernels run in Triton's interpreter, which must be asked for before the first import."""
 
 import os
 
