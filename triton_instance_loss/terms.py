@@ -86,7 +86,6 @@ def _used(
     return torch.where(used, form.value(Sums(*columns, voxels)), 0.0)
 
 
-@torch.compiler.disable
 def _slow_values(found: Found, criterion: Callable[..., Any], options: Options) -> tuple[Tensor, Tensor, Tensor]:
     """The same values for any criterion, from one pair of full volumes an instance. Reads counts: synchronises."""
     activated = found.activated
