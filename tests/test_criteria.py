@@ -84,7 +84,7 @@ def test_fused_equals_slow(backend, loss, no_tp):
 @pytest.mark.filterwarnings("ignore:single channel prediction")
 def test_other_options_go_the_slow_way_with_one_warning(loss):
     assert fused_form(loss) is None
-    with pytest.warns(UserWarning, match="has no fused form.*register_criterion") as caught:
+    with pytest.warns(UserWarning, match=r"has no fused form.*register_criterion") as caught:
         family = InstanceLoss(None, loss)
     assert len(caught) == 1
     assert type(loss).__name__ in str(caught[0].message) or "<lambda>" in str(caught[0].message)
@@ -148,9 +148,9 @@ def test_subclasses_are_not_taken_for_their_parents():
 
 
 def test_bad_registrations():
-    with pytest.raises(ValueError, match="quantity must be one of 'mass', .*, got 'entropy'"):
+    with pytest.raises(ValueError, match=r"quantity must be one of 'mass', .*, got 'entropy'"):
         FusedCriterion("entropy", lambda sums: sums.label)
     with pytest.raises(TypeError, match="fuse must be a callable"):
         register_criterion(RelativeError, None)
-    with pytest.raises(TypeError, match="loss_type must be a class or its 'module.qualified_name', got 3"):
+    with pytest.raises(TypeError, match=r"loss_type must be a class or its 'module.qualified_name', got 3"):
         register_criterion(3, lambda loss: None)

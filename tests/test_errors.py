@@ -153,7 +153,7 @@ def test_component_options():
 def test_backend_variable(monkeypatch):
     tensor = torch.zeros(1)
     monkeypatch.setenv(VARIABLE, "numpy")
-    with pytest.raises(ValueError, match="TRITON_INSTANCE_LOSS_BACKEND must be 'cpu' or 'triton'.*got 'numpy'"):
+    with pytest.raises(ValueError, match=r"TRITON_INSTANCE_LOSS_BACKEND must be 'cpu' or 'triton'.*got 'numpy'"):
         ops.backend(tensor)
     monkeypatch.setenv(VARIABLE, "triton")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)

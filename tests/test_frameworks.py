@@ -32,9 +32,9 @@ class NoSynchronisation(TorchDispatchMode):
                 return ops._dispatch(name)(*args)
         if name in SYNCHRONISING:
             raise AssertionError(f"{name} reads data")
-        if name in ("index", "index_put", "index_put_"):
-            if any(index is not None and index.dtype == torch.bool for index in args[1]):
-                raise AssertionError(f"{name} with a boolean index reads data")
+        indices = args[1] if name in ("index", "index_put", "index_put_") else ()
+        if any(index is not None and index.dtype == torch.bool for index in indices):
+            raise AssertionError(f"{name} with a boolean index reads data")
         return func(*args, **(kwargs or {}))
 
 

@@ -4,8 +4,8 @@ A volume is (B, D, H, W) and contiguous; an image comes as a volume with D = 1. 
 A *row map* holds at each voxel the number of its instance, 1..n in id order, or 0; row r of a table is instance r + 1.
 Tables have a fixed number of rows, `capacity`, so that no shape depends on data and Python never reads a count.
 CPU tensors go to `cpu/`, CUDA tensors to `kernels/`, which have the same rooms. The environment variable
-`TRITON_INSTANCE_LOSS_BACKEND`
-(`cpu` or `triton`), read at each call, overrides that. This module imports neither Triton nor SciPy.
+`TRITON_INSTANCE_LOSS_BACKEND` (`cpu` or `triton`), read at each call, overrides that. This module imports neither
+Triton nor SciPy.
 """
 
 import importlib
