@@ -1,4 +1,4 @@
-"""The library equals the reference on random volumes with random options: every value, and the gradient of every term."""
+"""The library equals the reference on random volumes and options: every value, and the gradient of every term."""
 
 import math
 import warnings
