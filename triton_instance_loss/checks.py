@@ -1,0 +1,149 @@
+"""Every check of arguments, with one wording: the argument, its value, and what is allowed."""
+
+import math
+import os
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DEBUG_VARIABLE = "TRITON_INSTANCE_LOSS_DEBUG"
+MAX_VOXELS = 2**31 - 1
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def choice(name: str, value: Any, allowed: Collection[str]) -> None:
+    """`value` must be one of the words `allowed`."""
+    if not isinstance(value, str) or value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
+
+
+def integer(name: str, value: Any, minimum: int) -> None:
+    """`value` must be a whole number of at least `minimum`."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer of at least {minimum}, got {value!r}.")
+    if value < minimum:
+        raise ValueError(f"{name} must be an integer of at least {minimum}, got {value!r}.")
+
+
+def number(
+    name: str, value: Any, minimum: float = -math.inf, maximum: float = math.inf, *, above_minimum: bool = False
+) -> None:
+    """`value` must be a finite number in [minimum, maximum], or in (minimum, maximum] with `above_minimum`."""
+    low = "" if minimum == -math.inf else f" {'above' if above_minimum else 'of at least'} {minimum:g}"
+    high = "" if maximum == math.inf else f"{' and' if low else ''} of at most {maximum:g}"
+    allowed = f"a finite number{low}{high}"
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be {allowed}, got {value!r}.")
+    too_low = value <= minimum if above_minimum else value < minimum
+    if not math.isfinite(value) or too_low or value > maximum:
+        raise ValueError(f"{name} must be {allowed}, got {value!r}.")
+
+
+def flag(name: str, value: Any) -> None:
+    """`value` must be True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}.")
+
+
+def criterion(name: str, value: Any) -> None:
+    """`value` must be a loss on two volumes, or None for our own Dice."""
+    if value is not None and not callable(value):
+        raise TypeError(f"{name} must be a callable loss(outputs, labels), or None for Dice, got {value!r}.")
+
+
+def scalar(name: str, value: Any) -> Tensor:
+    """What the criterion called `name` returned must be a 0-d tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must return a 0-d tensor, got {type(value).__name__}.")
+    if value.ndim != 0:
+        raise ValueError(f"{name} must return a 0-d tensor, got shape {tuple(value.shape)}; is its reduction 'none'?")
+    return value
+
+
+def tensor(name: str, value: Any) -> None:
+    """`value` must be a dense tensor of a real dtype."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}.")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {value.layout}.")
+    if value.dtype.is_complex:
+        raise TypeError(f"{name} must have a real dtype, got {value.dtype}.")
+
+
+def volume(name: str, value: Tensor, spatial_dims: int) -> None:
+    """`value` must be (B, N, *spatial) with `spatial_dims` axes, not empty, at most 2^31 - 1 voxels a sample."""
+    axes = "(B, N, H, W)" if spatial_dims == 2 else "(B, N, H, W, D)"
+    if value.ndim != spatial_dims + 2:
+        raise ValueError(
+            f"{name} must have shape {axes} for spatial_dims={spatial_dims}, got {tuple(value.shape)} "
+            f"({value.ndim} axes instead of {spatial_dims + 2})."
+        )
+    if any(size == 0 for size in value.shape):
+        raise ValueError(f"{name} must have at least one element along every axis {axes}, got {tuple(value.shape)}.")
+    voxels = math.prod(value.shape[2:])
+    if voxels > MAX_VOXELS:
+        raise ValueError(f"{name} must have at most 2^31 - 1 voxels a sample, got {voxels} of {tuple(value.shape)}.")
+
+
+def same_place(name: str, value: Tensor, outputs: Tensor, channels: Collection[int]) -> None:
+    """`value` must agree with `outputs` in batch, spatial shape and device, and have one of `channels` channels."""
+    allowed = [(outputs.shape[0], c, *outputs.shape[2:]) for c in sorted(set(channels))]
+    if tuple(value.shape) not in allowed:
+        shapes = " or ".join(map(str, allowed))
+        raise ValueError(
+            f"{name} must have shape {shapes} beside outputs of {tuple(outputs.shape)}, got {tuple(value.shape)}."
+        )
+    if value.device != outputs.device:
+        raise ValueError(f"{name} must be on the device of outputs, {outputs.device}, got {value.device}.")
+
+
+def inputs(outputs: Any, labels: Any, cc_label_batch: Any, spatial_dims: int, num_out_chn: int) -> None:
+    """The three tensors of a call fit each other and the options."""
+    tensor("outputs", outputs)
+    if outputs.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"outputs must be float16, bfloat16, float32 or float64, got {outputs.dtype}.")
+    volume("outputs", outputs, spatial_dims)
+    if outputs.shape[1] != num_out_chn:
+        raise ValueError(
+            f"outputs must have num_out_chn={num_out_chn} channels, got {outputs.shape[1]} in {tuple(outputs.shape)}."
+        )
+    tensor("labels", labels)
+    same_place("labels", labels, outputs, (1, num_out_chn))
+    if cc_label_batch is not None:
+        tensor("cc_label_batch", cc_label_batch)
+        same_place("cc_label_batch", cc_label_batch, outputs, (1,))
+        if debugging(cc_label_batch):
+            component_ids(cc_label_batch)
+
+
+def debugging(value: Tensor) -> bool:
+    """Whether values may be looked at: free on the CPU, a synchronisation on CUDA, so there only on demand."""
+    if torch.compiler.is_compiling() or _is_traced(value):
+        return False
+    return value.device.type == "cpu" or os.environ.get(DEBUG_VARIABLE) == "1"
+
+
+def _is_traced(value: Tensor) -> bool:
+    """Whether `value` stands for data that is not there (a fake or functional tensor)."""
+    return type(value) not in (Tensor, torch.nn.Parameter) and hasattr(value, "fake_mode")
+
+
+def component_ids(ids: Tensor) -> None:
+    """Precomputed components are 0 or positive whole numbers."""
+    if ids.dtype == torch.bool:
+        return
+    lowest = ids.amin()
+    if not bool(lowest >= 0):  # catches NaN too
+        raise ValueError(f"cc_label_batch must hold whole numbers >= 0, got {lowest.item()!r} among them.")
+    if ids.is_floating_point() and not bool((ids == ids.trunc()).all() & ids.isfinite().all()):
+        broken = ids[(ids != ids.trunc()) | ~ids.isfinite()].flatten()[0]
+        raise ValueError(f"cc_label_batch must hold whole numbers >= 0, got {broken.item()!r} among them.")
+
+
+def probabilities(name: str, a: Tensor) -> None:
+    """Cross entropy needs outputs in [0, 1]; looked at where that is free, or under the debug switch."""
+    if debugging(a) and not bool(((a >= 0) & (a <= 1) | a.isnan()).all()):
+        low, high = torch.aminmax(a)
+        raise ValueError(f"{name} is a cross entropy and needs outputs in [0, 1], got [{low.item()}, {high.item()}].")

@@ -1,0 +1,266 @@
+"""One function for each term, for who wants just that one; and how the terms of a call are evaluated."""
+
+from collections.abc import Callable, Collection
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import checks, terms
+from .activation import activate, check_and_widen, select, to_volume
+from .criteria import DICE, warn_if_slow
+from .instances import find
+from .options import Options
+
+Criterion = Callable[..., Any]
+
+TERMS = (
+    "pixel",
+    "instance_label",
+    "instance_output",
+    "center",
+    "false_instances",
+    "missed_instances",
+    "proximity",
+)
+
+
+def evaluate_terms(
+    outputs: Tensor,
+    labels: Tensor,
+    cc_label_batch: Tensor | None,
+    options: Options,
+    names: Collection[str],
+    *,
+    pixel: Criterion | None = None,
+    instance: Criterion | None = None,
+    center: Criterion | None = None,
+) -> dict[str, Tensor]:
+    """The terms `names`, each a 0-d tensor; a criterion left out is our Dice. Nothing else is computed."""
+    outputs, labels, cc_label_batch = check_and_widen(outputs, labels, cc_label_batch, options)
+    with torch.autocast(outputs.device.type, enabled=False):
+        activated = activate(outputs, labels, options)
+        values: dict[str, Tensor] = {}
+        if "pixel" in names:
+            values["pixel"] = _pixel(outputs, labels, pixel, activated, options)
+        if set(names) - {"pixel"}:
+            instance = instance or DICE
+            found = find(activated, cc_label_batch, options)
+            sums = found.sums(terms.quantity_of(instance), options)
+            if {"instance_label", "instance_output", "proximity"} & set(names):
+                each = terms.instance_values(found, sums, instance, options)
+                values["instance_label"] = terms.reduce_instances(each.labels, each.label_rows, options)
+                values["instance_output"] = terms.reduce_instances(each.outputs, each.output_rows, options)
+            if "center" in names:
+                values["center"] = terms.center(found, sums, center or DICE, options)
+            if "false_instances" in names:
+                values["false_instances"] = terms.false_instances(found, sums, options)
+            if "missed_instances" in names:
+                values["missed_instances"] = terms.missed_instances(found, sums, options)
+            if "proximity" in names:
+                values["proximity"] = terms.proximity(found, each, options)
+        dtype = outputs.dtype
+        return {name: values[name].to(dtype) * activated.health.to(dtype) for name in TERMS if name in names}
+
+
+def _pixel(outputs: Tensor, labels: Tensor, criterion: Criterion | None, activated: Any, options: Options) -> Tensor:
+    """The pixel term: on the raw tensors; with "softmax" on the activated output; by default Dice on probabilities."""
+    if labels.dtype == torch.bool or not labels.is_floating_point():
+        labels = labels.to(outputs.dtype)
+    if criterion is None:
+        probabilities = activated.probabilities
+        return DICE(probabilities[:, None], activated.y[:, None])
+    if options.activation == "softmax":
+        hard = terms.straight_through(activated.a.to(outputs.dtype), activated.probabilities, options)
+        outputs, labels = hard.view(labels.shape[0], 1, *labels.shape[2:]), select(labels, options)
+    return checks.scalar("loss_function_pixel", criterion(outputs, labels))
+
+
+def instance_segmentation_loss(
+    outputs: Tensor,
+    labels: Tensor,
+    cc_label_batch: Tensor | None = None,
+    *,
+    criterion: Criterion | None = None,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    """Instance segmentation loss: a criterion on each label instance and on each output instance, averaged.
+
+    instance_label: mean over labels j of c(a * m_j, y * 1[L_j]), with m_j the kept outputs that touch L_j (less their
+    true positives on other labels); instance_output: mean over kept outputs i of c(a * 1[O_i], y * 1[labels O_i touches]).
+
+    Args:
+        outputs: (B, N, *spatial), float16, bfloat16, float32 or float64: logits, or probabilities with
+            `activation="none"`.
+        labels: (B, 1, *spatial) or (B, N, *spatial), any real dtype; foreground where 1.
+        cc_label_batch: (B, 1, *spatial), optional precomputed components of `labels`: 0 = background, any positive
+            whole number = an instance.
+        criterion: the loss c(u, w) of two volumes; None is Dice.
+        **options: keyword options of `InstanceLoss`, same names, checks and defaults.
+
+    Returns:
+        (instance_label, instance_output), two 0-d tensors in float32, or float64 if `outputs` is.
+
+    Raises:
+        TypeError: An argument has the wrong type (an unknown option, integer or complex `outputs`, ...).
+        ValueError: An option or shape is not allowed, or the tensors do not fit each other.
+
+    Note:
+        Deterministic on the CPU. Boxes and the choice of instances are not differentiated. A sample without usable
+        outputs, or without labels, has the single value c(a, y).
+
+    Source:
+        Rachmadi, Poon and Skibbe, MIDL 2023, equations 1 to 3; Rachmadi, Byra and Skibbe, CBM 2024.
+
+    Example:
+        >>> import torch
+        >>> labels = torch.zeros(1, 1, 6, 6)
+        >>> labels[..., 1:3, 1:3] = 1
+        >>> loss_label, loss_output = instance_segmentation_loss(labels, labels, activation="none", spatial_dims=2)
+        >>> loss_label.item(), loss_output.item()
+        (0.0, 0.0)
+    """
+    checked = _checked(criterion, "criterion", options, slow_matters=True)
+    names = ("instance_label", "instance_output")
+    values = evaluate_terms(outputs, labels, cc_label_batch, checked, names, instance=criterion)
+    return values["instance_label"], values["instance_output"]
+
+
+def instance_center_loss(
+    outputs: Tensor,
+    labels: Tensor,
+    cc_label_batch: Tensor | None = None,
+    *,
+    criterion: Criterion | None = None,
+    **options: Any,
+) -> Tensor:
+    """Instance center loss: a criterion on two volumes of small boxes around the centres of outputs and of labels.
+
+    center = mean over samples of c(h_O, h_L); h is 1 + smoother inside the boxes [c - o - 1, c + o) around the rounded
+    mean coordinates c, and 0 elsewhere, with o = ceil(dim / max(dims) * centroid_offset) an axis.
+
+    Args:
+        outputs: (B, N, *spatial), float16, bfloat16, float32 or float64: logits, or probabilities with
+            `activation="none"`.
+        labels: (B, 1, *spatial) or (B, N, *spatial), any real dtype; foreground where 1.
+        cc_label_batch: (B, 1, *spatial), optional precomputed components of `labels`.
+        criterion: the loss c(u, w) of two volumes; None is Dice.
+        **options: keyword options of `InstanceLoss`, same names, checks and defaults.
+
+    Returns:
+        A 0-d tensor in float32, or float64 if `outputs` is.
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: An option or shape is not allowed, or the tensors do not fit each other.
+
+    Note:
+        The place of a box has no derivative. With `gradients="surrogate"` the height of the box of output O_i has the
+        derivative of the mean of a over O_i; as published, the gradient is zero.
+
+    Source:
+        Rachmadi, Poon and Skibbe, MIDL 2023, equation 4. The published offset is 3 in the text and 5 in the code: 3 here.
+
+    Example:
+        >>> import torch
+        >>> labels = torch.zeros(1, 1, 9, 9)
+        >>> labels[..., 4, 4] = 1
+        >>> round(instance_center_loss(labels, labels, activation="none", spatial_dims=2).item(), 5)
+        0.0
+    """
+    checked = _checked(criterion, "criterion", options, slow_matters=False)
+    return evaluate_terms(outputs, labels, cc_label_batch, checked, ("center",), center=criterion)["center"]
+
+
+def false_instance_rate_loss(
+    outputs: Tensor, labels: Tensor, cc_label_batch: Tensor | None = None, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """False instance rate loss: how many outputs touch no label, and how many labels no kept output touches.
+
+    false_instances = n_O - correct, missed_instances = n_L - detected, averaged over samples; with
+    `rate_instead_number` divided by n_O + smoother and n_L + smoother.
+
+    Args:
+        outputs: (B, N, *spatial), float16, bfloat16, float32 or float64: logits, or probabilities with
+            `activation="none"`.
+        labels: (B, 1, *spatial) or (B, N, *spatial), any real dtype; foreground where 1.
+        cc_label_batch: (B, 1, *spatial), optional precomputed components of `labels`.
+        **options: keyword options of `InstanceLoss`, same names, checks and defaults.
+
+    Returns:
+        (false_instances, missed_instances), two 0-d tensors in float32, or float64 if `outputs` is.
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: An option or shape is not allowed, or the tensors do not fit each other.
+
+    Note:
+        Counts have no derivative. With `gradients="surrogate"` a false output has that of the mean of a over it, and a
+        label that no output touches that of minus the mean of a over it; as published, the gradient is zero.
+
+    Source:
+        Rachmadi, Byra and Skibbe, CBM 2024, the false instance rate loss.
+
+    Example:
+        >>> import torch
+        >>> labels = torch.zeros(1, 1, 9, 9)
+        >>> labels[..., 1, 1] = 1
+        >>> outputs = labels.flip(-1)
+        >>> [v.item() for v in false_instance_rate_loss(outputs, labels, activation="none", spatial_dims=2)]
+        [1.0, 1.0]
+    """
+    names = ("false_instances", "missed_instances")
+    values = evaluate_terms(outputs, labels, cc_label_batch, Options(**options), names)
+    return values["false_instances"], values["missed_instances"]
+
+
+def instance_proximity_loss(
+    outputs: Tensor,
+    labels: Tensor,
+    cc_label_batch: Tensor | None = None,
+    *,
+    criterion: Criterion | None = None,
+    **options: Any,
+) -> Tensor:
+    """Instance proximity loss: pulls outputs towards labels through the distance between their extended boxes.
+
+    proximity = (sum_j min_i DIoU_ij * instance_label_j - sum_i min_j DIoU_ij * instance_output_i)^2, plus n_O if there
+    are too many outputs, averaged over samples; DIoU = 1 - IoU + d^2 / diag^2 of boxes extended by their own extent.
+
+    Args:
+        outputs: (B, N, *spatial), float16, bfloat16, float32 or float64: logits, or probabilities with
+            `activation="none"`.
+        labels: (B, 1, *spatial) or (B, N, *spatial), any real dtype; foreground where 1.
+        cc_label_batch: (B, 1, *spatial), optional precomputed components of `labels`.
+        criterion: the loss c(u, w) of two volumes behind instance_label and instance_output; None is Dice.
+        **options: keyword options of `InstanceLoss`, same names, checks and defaults.
+
+    Returns:
+        A 0-d tensor in float32, or float64 if `outputs` is.
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: An option or shape is not allowed, or the tensors do not fit each other.
+
+    Note:
+        DIoU is a constant: the gradient goes through the instance values.
+
+    Source:
+        Rachmadi, Byra and Skibbe, CBM 2024, the instance proximity loss; DIoU: Zheng et al., AAAI 2020.
+
+    Example:
+        >>> import torch
+        >>> labels = torch.zeros(1, 1, 6, 6)
+        >>> labels[..., 1:3, 1:3] = 1
+        >>> instance_proximity_loss(labels, labels, activation="none", spatial_dims=2).item()
+        0.0
+    """
+    checked = _checked(criterion, "criterion", options, slow_matters=True)
+    return evaluate_terms(outputs, labels, cc_label_batch, checked, ("proximity",), instance=criterion)["proximity"]
+
+
+def _checked(criterion: Criterion | None, name: str, options: dict[str, Any], *, slow_matters: bool) -> Options:
+    checks.criterion(name, criterion)
+    if slow_matters and criterion is not None:
+        warn_if_slow(name, criterion)
+    return Options(**options)

@@ -1,0 +1,329 @@
+"""The losses: `InstanceLoss`, `InstanceCenterLoss`, and `WeightedSum` that makes one number of their terms."""
+
+import dataclasses
+from collections.abc import Collection
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.modules.loss import _Loss
+
+from . import checks, criteria
+from . import options as options_room
+from .functional import Criterion, evaluate_terms
+from .options import Options
+
+
+class InstanceTerms(NamedTuple):
+    """The terms of `InstanceLoss`, 0-d tensors in float32, or float64 if the outputs are."""
+
+    pixel: Tensor
+    instance_label: Tensor
+    instance_output: Tensor
+    center: Tensor
+    false_instances: Tensor
+    missed_instances: Tensor
+    proximity: Tensor
+
+
+class InstanceCenterTerms(NamedTuple):
+    """The terms of `InstanceCenterLoss`, 0-d tensors in float32, or float64 if the outputs are."""
+
+    pixel: Tensor
+    instance_label: Tensor
+    instance_output: Tensor
+    center: Tensor
+    false_instances: Tensor
+    missed_instances: Tensor
+
+
+CRITERIA = ("loss_function_pixel", "loss_function_instance", "loss_function_center")
+
+
+class _Family(_Loss):
+    """What `InstanceLoss` and `InstanceCenterLoss` share: the three criteria, the options, and changing them."""
+
+    terms: ClassVar[type[InstanceTerms] | type[InstanceCenterTerms]]
+
+    def __init__(
+        self,
+        loss_function_pixel: Criterion | None = None,
+        loss_function_instance: Criterion | None = None,
+        loss_function_center: Criterion | None = None,
+        *,
+        activation: str = "sigmoid",
+        num_out_chn: int = 1,
+        object_chn: int = 1,
+        spatial_dims: int = 3,
+        reduce_segmentation: str = "mean",
+        instance_wise_reduce: str = "instance",
+        num_iterations: int | None = None,
+        segmentation_threshold: float = 0.5,
+        max_cc_out: int = 50,
+        mul_too_many: float = 50,
+        min_instance_size: int = 0,
+        centroid_offset: float = 3,
+        smoother: float = 1e-7,
+        instance_wise_loss_no_tp: bool = True,
+        rate_instead_number: bool = False,
+        gradients: str = "surrogate",
+    ) -> None:
+        super().__init__()
+        self.options = Options(
+            activation=activation,
+            num_out_chn=num_out_chn,
+            object_chn=object_chn,
+            spatial_dims=spatial_dims,
+            reduce_segmentation=reduce_segmentation,
+            instance_wise_reduce=instance_wise_reduce,
+            num_iterations=num_iterations,
+            segmentation_threshold=segmentation_threshold,
+            max_cc_out=max_cc_out,
+            mul_too_many=mul_too_many,
+            min_instance_size=min_instance_size,
+            centroid_offset=centroid_offset,
+            smoother=smoother,
+            instance_wise_loss_no_tp=instance_wise_loss_no_tp,
+            rate_instead_number=rate_instead_number,
+            gradients=gradients,
+        )
+        self._set_criteria(loss_function_pixel, loss_function_instance, loss_function_center)
+
+    def forward(self, outputs: Tensor, labels: Tensor, cc_label_batch: Tensor | None = None) -> Any:
+        """The terms of a batch; the class says what goes in and what comes out."""
+        return self.terms(**self.evaluate(outputs, labels, cc_label_batch, self.terms._fields))
+
+    def evaluate(
+        self, outputs: Tensor, labels: Tensor, cc_label_batch: Tensor | None, names: Collection[str]
+    ) -> dict[str, Tensor]:
+        """Only the terms `names`, by name, in the order of the terms."""
+        return evaluate_terms(
+            outputs,
+            labels,
+            cc_label_batch,
+            self.options,
+            names,
+            pixel=self.loss_function_pixel,
+            instance=self.loss_function_instance,
+            center=self.loss_function_center,
+        )
+
+    def edit_parameters(self, **changes: Any) -> None:
+        """Change any of the arguments of the class, with the same checks; nothing changes if one is not allowed.
+
+        Raises:
+            TypeError: An unknown argument, or a value of the wrong type.
+            ValueError: A value that is not allowed.
+        """
+        chosen = {name: changes.pop(name) if name in changes else getattr(self, name) for name in CRITERIA}
+        unknown = sorted(set(changes) - set(options_room.NAMES))
+        if unknown:
+            allowed = ", ".join((*CRITERIA, *options_room.NAMES))
+            raise TypeError(f"edit_parameters got unknown {', '.join(map(repr, unknown))}; allowed: {allowed}.")
+        options = dataclasses.replace(self.options, **changes)
+        self._set_criteria(*chosen.values(), options=options)
+        self.options = options
+
+    def print_parameters(self) -> None:
+        """Print every argument and its value."""
+        print(f"{type(self).__name__}\n" + "\n".join(f"  {name}: {value}" for name, value in self._parameters_in_use()))
+
+    def extra_repr(self) -> str:
+        """The arguments, for `print(loss)`."""
+        return ", ".join(f"{name}={value!r}" for name, value in self._parameters_in_use() if name not in self._modules)
+
+    def _parameters_in_use(self) -> list[tuple[str, Any]]:
+        return [(name, getattr(self, name)) for name in CRITERIA] + list(dataclasses.asdict(self.options).items())
+
+    def _set_criteria(self, *chosen: Criterion | None, options: Options | None = None) -> None:
+        options = options or self.options
+        for name, criterion in zip(CRITERIA, chosen, strict=True):
+            checks.criterion(name, criterion)
+        _, instance, center = chosen
+        if type(center) is torch.nn.BCELoss:
+            raise ValueError(
+                f"loss_function_center must take values of 1 + smoother ({1 + options.smoother!r}); BCELoss ends at 1."
+            )
+        if instance is not None and instance is not getattr(self, "loss_function_instance", None):
+            criteria.warn_if_slow("loss_function_instance", instance)
+        for name, criterion in zip(CRITERIA, chosen, strict=True):
+            setattr(self, name, criterion)
+
+    def __getattr__(self, name: str) -> Any:
+        # Options read like attributes, as in the published classes: loss.max_cc_out.
+        options = self.__dict__.get("options")
+        if options is not None and name in options_room.NAMES:
+            return getattr(options, name)
+        return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in options_room.NAMES:
+            self.options = dataclasses.replace(self.options, **{name: value})
+        else:
+            super().__setattr__(name, value)
+
+
+_ARGUMENTS = """
+    Called as `loss(outputs, labels, cc_label_batch=None)`:
+
+    - outputs: (B, N, H, W) or (B, N, H, W, D), float16, bfloat16, float32 or float64: logits, or with
+      `activation="none"` probabilities or any finite numbers. Half precision is widened to float32.
+    - labels: (B, 1, *spatial) or (B, N, *spatial), any real dtype, bool included; foreground where 1.
+    - cc_label_batch: (B, 1, *spatial), optional: the components of `labels`, precomputed; 0 = background, any positive
+      whole number = an instance.
+
+    Args:
+        loss_function_pixel: the loss of the pixel term, on the raw `outputs` and `labels` (widened; with "softmax" on
+            the activated output). None: Dice on the activated probabilities.
+        loss_function_instance: the loss of two volumes (1, 1, *spatial) behind the instance terms. None: Dice. MONAI's
+            DiceLoss and TverskyLoss, torch's MSELoss, L1Loss and BCELoss, and what `criteria.register_criterion` was
+            told are evaluated from sums; any other loss volume by volume, slowly, after one warning.
+        loss_function_center: the loss of the two volumes of centre boxes. None: Dice.
+        activation: "sigmoid" and "softmax" make the output 0 or 1 (and pass the derivative of the probability);
+            "none" takes it as it is.
+        num_out_chn: channels N of `outputs`; at least 2 for "softmax".
+        object_chn: the channel that is looked at, counted from 0; with one channel, that one whatever the value.
+        spatial_dims: 2 or 3.
+        reduce_segmentation: "mean" or "sum" over the instances of a sample, with `instance_wise_reduce="data"`.
+        instance_wise_reduce: "instance": mean over all instances of the batch; "data": per sample, then mean.
+        num_iterations: None finds whole components; k cuts them as k rounds of max-pooling do (published: 350).
+        segmentation_threshold: outputs of at least this are foreground; 0 or less: outputs equal to 1. At most 1
+            unless `activation="none"`.
+        max_cc_out: output instances used individually, in id order; 0 = all.
+        mul_too_many: with more than this many outputs a label, no output is used individually.
+        min_instance_size: components of so many voxels or fewer are background.
+        centroid_offset: half the side of the centre boxes, in voxels of the longest axis.
+        smoother: keeps divisions from zero, above 0.
+        instance_wise_loss_no_tp: leave out of a label's value what its outputs cover of other labels.
+        rate_instead_number: give false and missed instances as rates.
+        gradients: "surrogate" gives every term a gradient; "reference" those of the published code, zero for center,
+            false_instances and missed_instances, and for all instance terms with "sigmoid" and "softmax".
+
+    Raises:
+        TypeError: An argument of the wrong type; a criterion that is not callable or returns no tensor; integer or
+            complex `outputs`.
+        ValueError: An option that is not allowed; shapes, devices or channels that do not fit; no voxel, or more than
+            2^31 - 1 a sample; a criterion that returns more than one number; a negative or fractional id (looked for
+            on the CPU always, on CUDA if the environment variable TRITON_INSTANCE_LOSS_DEBUG is 1).
+        RuntimeError: A CUDA tensor where Triton is missing; a second derivative.
+
+    Note:
+        The same input gives bitwise the same result on the CPU; with "sigmoid" and "softmax" also on a GPU (all sums
+        are of whole numbers), with "none" there to the rounding of float64 sums. A NaN or infinite output makes every
+        term NaN. Samples without outputs or labels give finite, connected terms. Half precision, autocast,
+        MetaTensor and torch.compile are fine; fused criteria never synchronise with the host on CUDA.
+"""
+
+
+class InstanceLoss(_Family):
+    __doc__ = f"""The instance-level loss family: seven terms of one labelling of outputs and labels.
+
+    pixel, instance_label, instance_output, center, false_instances, missed_instances, proximity; the functions of
+    `triton_instance_loss.functional` give the formula of each.
+{_ARGUMENTS}
+    Source:
+        Rachmadi, Byra and Skibbe, Computers in Biology and Medicine 2024, doi 10.1016/j.compbiomed.2024.108414.
+        `docs/differences.md` lists every deviation from the code published with it.
+
+    Example:
+        >>> import torch
+        >>> labels = torch.zeros(1, 1, 8, 8, 8)
+        >>> labels[..., 1:3, 1:3, 1:3] = 1
+        >>> outputs = (8 * labels - 4).requires_grad_()
+        >>> terms = InstanceLoss()(outputs, labels)
+        >>> [round(value.item(), 3) for value in terms]
+        [0.502, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]
+    """
+
+    terms = InstanceTerms
+
+
+class InstanceCenterLoss(_Family):
+    __doc__ = f"""The instance-level loss family without proximity: six terms of one labelling of outputs and labels.
+
+    pixel, instance_label, instance_output, center, false_instances, missed_instances; the functions of
+    `triton_instance_loss.functional` give the formula of each.
+{_ARGUMENTS}
+    Source:
+        Rachmadi, Poon and Skibbe, MIDL 2023, arXiv 2304.06229, with the false instance rate of Rachmadi et al. 2024.
+        `docs/differences.md` lists every deviation from the published code.
+
+    Example:
+        >>> import torch
+        >>> labels = torch.zeros(1, 1, 9, 9)
+        >>> labels[..., 1:3, 1:3] = 1
+        >>> terms = InstanceCenterLoss(spatial_dims=2, activation="none")(labels, labels)
+        >>> terms.missed_instances.item()
+        0.0
+    """
+
+    terms = InstanceCenterTerms
+
+
+DEFAULT_WEIGHTS = {
+    "pixel": 1.0,
+    "instance_label": 0.5,
+    "instance_output": 0.5,
+    "center": 0.25,
+    "false_instances": 0.25,
+    "missed_instances": 0.25,
+    "proximity": 0.0,
+}
+
+
+class WeightedSum(_Loss):
+    """One number for a training loop: sum of weight * term over the terms of `loss`.
+
+    The default weights (pixel 1, instance_label and instance_output 0.5, center, false_instances and missed_instances
+    0.25, proximity 0) are meant for `rate_instead_number=True`. A term of weight 0 is not computed.
+
+    Args:
+        loss: an `InstanceLoss` or `InstanceCenterLoss`.
+        **weights: one finite number a term name; terms left out keep their default.
+
+    Attributes:
+        terms: the detached terms of the last call by name, on their device; empty before the first.
+
+    Raises:
+        TypeError: `loss` is no loss of the family, or a weight is no number.
+        ValueError: A weight for a term that `loss` does not have, or a weight that is not finite.
+
+    Note:
+        Called as `loss(outputs, labels, cc_label_batch=None)`, it returns a 0-d tensor that is connected to the graph
+        of `outputs` whatever the input: empty patches never leave a parameter without a gradient.
+
+    Example:
+        >>> import torch
+        >>> loss = WeightedSum(InstanceLoss(rate_instead_number=True), proximity=0.1)
+        >>> outputs = torch.randn(1, 1, 8, 8, 8, requires_grad=True)
+        >>> loss(outputs, torch.zeros(1, 1, 8, 8, 8)).backward()
+        >>> sorted(loss.terms)[:2]
+        ['center', 'false_instances']
+    """
+
+    def __init__(self, loss: _Family, **weights: float) -> None:
+        super().__init__()
+        if not isinstance(loss, _Family):
+            raise TypeError(f"loss must be an InstanceLoss or InstanceCenterLoss, got {type(loss).__name__}.")
+        names = loss.terms._fields
+        for name, weight in weights.items():
+            checks.choice("the name of a weight", name, names)
+            checks.number(f"weight {name}", weight)
+        self.loss = loss
+        self.weights = {name: float(weights.get(name, DEFAULT_WEIGHTS[name])) for name in names}
+        self.terms: dict[str, Tensor] = {}
+
+    def forward(self, outputs: Tensor, labels: Tensor, cc_label_batch: Tensor | None = None) -> Tensor:
+        """The weighted sum of a batch."""
+        used = [name for name, weight in self.weights.items() if weight != 0.0]
+        values = self.loss.evaluate(outputs, labels, cc_label_batch, used)
+        self.terms = {name: value.detach() for name, value in values.items()}
+        weighted = [self.weights[name] * value for name, value in values.items()]
+        total = torch.stack(weighted).sum() if weighted else outputs.new_zeros(())
+        if outputs.requires_grad and not total.requires_grad:
+            total = total + 0.0 * outputs.sum()
+        return total
+
+    def extra_repr(self) -> str:
+        """The weights, for `print(loss)`."""
+        return ", ".join(f"{name}={weight:g}" for name, weight in self.weights.items())
