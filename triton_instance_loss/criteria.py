@@ -4,8 +4,9 @@ A criterion compares two volumes, u (predicted) and w (true). Many depend on the
 
     intersection = sum u w,    prediction = sum phi(u, w),    label = sum w,    voxels = number of voxels,
 
-with a per-voxel quantity phi from `quantities.py`. Such a *fused* criterion is evaluated from the tables of all instances
-at once. Any other loss is called once per instance on full volumes: the same result, slowly, after one warning.
+with a per-voxel quantity phi from `quantities.py`. Such a *fused* criterion is evaluated from the tables of all
+instances at once. Any other loss is called once per instance on full volumes: the same result, slowly, after one
+warning.
 """
 
 import warnings

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from . import checks, terms
-from .activation import activate, check_and_widen, select, to_volume
+from .activation import activate, check_and_widen, select
 from .criteria import DICE, warn_if_slow
 from .instances import find
 from .options import Options
@@ -87,7 +87,8 @@ def instance_segmentation_loss(
     """Instance segmentation loss: a criterion on each label instance and on each output instance, averaged.
 
     instance_label: mean over labels j of c(a * m_j, y * 1[L_j]), with m_j the kept outputs that touch L_j (less their
-    true positives on other labels); instance_output: mean over kept outputs i of c(a * 1[O_i], y * 1[labels O_i touches]).
+    true positives on other labels); instance_output: mean over kept outputs i of c(a * 1[O_i], y * 1[D(i)]), with D(i)
+    the labels that O_i touches.
 
     Args:
         outputs: (B, N, *spatial), float16, bfloat16, float32 or float64: logits, or probabilities with
@@ -159,14 +160,15 @@ def instance_center_loss(
         derivative of the mean of a over O_i; as published, the gradient is zero.
 
     Source:
-        Rachmadi, Poon and Skibbe, MIDL 2023, equation 4. The published offset is 3 in the text and 5 in the code: 3 here.
+        Rachmadi, Poon and Skibbe, MIDL 2023, equation 4. The published offset is 3 in the text and 5 in the code; it
+        is 3 here.
 
     Example:
         >>> import torch
         >>> labels = torch.zeros(1, 1, 9, 9)
         >>> labels[..., 4, 4] = 1
-        >>> round(instance_center_loss(labels, labels, activation="none", spatial_dims=2).item(), 5)
-        0.0
+        >>> round(instance_center_loss(labels, 0 * labels, activation="none", spatial_dims=2).item(), 5)
+        1.0
     """
     checked = _checked(criterion, "criterion", options, slow_matters=False)
     return evaluate_terms(outputs, labels, cc_label_batch, checked, ("center",), center=criterion)["center"]

@@ -53,7 +53,7 @@ class _SumInstances(torch.autograd.Function):
 
 
 class _SumNeighbours(torch.autograd.Function):
-    """For each instance of one side, the sum of `values` over the instances of the other side that it is paired with."""
+    """For each instance of one side, the sum of `values` over the instances of the other side paired with it."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, pairs: Tensor, to_labels: bool, capacity: int) -> Tensor:

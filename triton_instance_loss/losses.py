@@ -163,7 +163,12 @@ class _Family(_Loss):
             super().__setattr__(name, value)
 
 
-_ARGUMENTS = """
+class InstanceLoss(_Family):
+    """The instance-level loss family: seven terms of one labelling of outputs and labels.
+
+    pixel, instance_label, instance_output, center, false_instances, missed_instances, proximity; the functions of
+    `triton_instance_loss.functional` give the formula of each.
+
     Called as `loss(outputs, labels, cc_label_batch=None)`:
 
     - outputs: (B, N, H, W) or (B, N, H, W, D), float16, bfloat16, float32 or float64: logits, or with
@@ -212,15 +217,7 @@ _ARGUMENTS = """
         are of whole numbers), with "none" there to the rounding of float64 sums. A NaN or infinite output makes every
         term NaN. Samples without outputs or labels give finite, connected terms. Half precision, autocast,
         MetaTensor and torch.compile are fine; fused criteria never synchronise with the host on CUDA.
-"""
 
-
-class InstanceLoss(_Family):
-    __doc__ = f"""The instance-level loss family: seven terms of one labelling of outputs and labels.
-
-    pixel, instance_label, instance_output, center, false_instances, missed_instances, proximity; the functions of
-    `triton_instance_loss.functional` give the formula of each.
-{_ARGUMENTS}
     Source:
         Rachmadi, Byra and Skibbe, Computers in Biology and Medicine 2024, doi 10.1016/j.compbiomed.2024.108414.
         `docs/differences.md` lists every deviation from the code published with it.
@@ -229,21 +226,24 @@ class InstanceLoss(_Family):
         >>> import torch
         >>> labels = torch.zeros(1, 1, 8, 8, 8)
         >>> labels[..., 1:3, 1:3, 1:3] = 1
-        >>> outputs = (8 * labels - 4).requires_grad_()
+        >>> outputs = torch.full_like(labels, -4).requires_grad_()
         >>> terms = InstanceLoss()(outputs, labels)
-        >>> [round(value.item(), 3) for value in terms]
-        [0.502, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]
+        >>> terms.missed_instances.item(), terms.false_instances.item(), round(terms.instance_label.item(), 3)
+        (1.0, 0.0, 1.0)
+        >>> terms.missed_instances.backward()
+        >>> bool(outputs.grad[..., 1:3, 1:3, 1:3].max() < 0)
+        True
     """
 
     terms = InstanceTerms
 
 
 class InstanceCenterLoss(_Family):
-    __doc__ = f"""The instance-level loss family without proximity: six terms of one labelling of outputs and labels.
+    """The instance-level loss family without proximity: six terms of one labelling of outputs and labels.
 
-    pixel, instance_label, instance_output, center, false_instances, missed_instances; the functions of
-    `triton_instance_loss.functional` give the formula of each.
-{_ARGUMENTS}
+    pixel, instance_label, instance_output, center, false_instances, missed_instances. How it is called, its arguments,
+    errors and notes are those of `InstanceLoss`.
+
     Source:
         Rachmadi, Poon and Skibbe, MIDL 2023, arXiv 2304.06229, with the false instance rate of Rachmadi et al. 2024.
         `docs/differences.md` lists every deviation from the published code.

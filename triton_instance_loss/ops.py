@@ -3,7 +3,7 @@
 A volume is (B, D, H, W) and contiguous; an image comes as a volume with D = 1. `V = D * H * W`.
 A *row map* holds at each voxel the number of its instance, 1..n in id order, or 0; row r of a table is instance r + 1.
 Tables have a fixed number of rows, `capacity`, so that no shape depends on data and Python never reads a count.
-CPU tensors go to `cpu.py`, CUDA tensors to `kernels/`. The environment variable `TRITON_INSTANCE_LOSS_BACKEND`
+CPU tensors go to `cpu/`, CUDA tensors to `kernels/`, which have the same rooms. The environment variable `TRITON_INSTANCE_LOSS_BACKEND`
 (`cpu` or `triton`), read at each call, overrides that. This module imports neither Triton nor SciPy.
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 BACKEND_VARIABLE = "TRITON_INSTANCE_LOSS_BACKEND"
 
-# Columns of a geometry table (int64). Bounds are inclusive; rows past the last instance hold size 0, low 2^31 - 1, high -1.
+# Columns of a geometry table (int64). Bounds are inclusive; unused rows hold size 0, low 2^31 - 1, high -1.
 SIZE, COORDINATE_SUMS, LOWS, HIGHS = 0, slice(1, 4), slice(4, 7), slice(7, 10)
 GEOMETRY_COLUMNS = 10
 
@@ -38,9 +38,10 @@ _library = torch.library.Library("triton_instance_loss", "DEF")
 _SCHEMAS = {
     # mask bool -> ids int32: largest linear index + 1 of the component (0 rounds: whole components), 0 = background
     "components": "(Tensor mask, int num_iterations) -> Tensor",
-    # mask bool -> row map int32, counts (B,) int32, geometry (B, capacity, 10) int64
+    # mask bool -> row map int32, counts (B,) int32, geometry (B, capacity, 10) int64; capacity 0: as many rows as the
+    # largest count, at least 1 (the CPU backend alone, where counting costs nothing)
     "find_instances": "(Tensor mask, int num_iterations, int min_size, int capacity) -> (Tensor, Tensor, Tensor)",
-    # the same from given ids (int64, any positive number): instances are the sets of equal ids
+    # the same from given ids (an integer dtype, any positive number): instances are the sets of equal ids
     "number_instances": "(Tensor ids, int min_size, int capacity) -> (Tensor, Tensor, Tensor)",
     # a bool (hard) or float, y bool, row maps, kept (B,) int32: outputs 1..kept are used individually
     # -> output sums (B, out_capacity, 5), label sums (B, lab_capacity, 5), sample sums (B, 3), all float64, and
@@ -49,8 +50,8 @@ _SCHEMAS = {
     "sum_instances": "(Tensor a, Tensor y, Tensor out_rows, Tensor lab_rows, Tensor kept, int quantity, bool no_tp,"
     " int out_capacity, int lab_capacity, int pair_capacity) -> (Tensor, Tensor, Tensor, Tensor)",
     # gradients of the three sums -> gradient of a, (B, D, H, W) of `dtype`
-    "sum_instances_backward": "(Tensor grad_out_sums, Tensor grad_lab_sums, Tensor grad_sample_sums, Tensor a, Tensor y,"
-    " Tensor out_rows, Tensor lab_rows, Tensor kept, int quantity, bool no_tp, ScalarType dtype) -> Tensor",
+    "sum_instances_backward": "(Tensor grad_out_sums, Tensor grad_lab_sums, Tensor grad_sample_sums, Tensor a,"
+    " Tensor y, Tensor out_rows, Tensor lab_rows, Tensor kept, int quantity, bool no_tp, ScalarType dtype) -> Tensor",
     # values (B, R) float64 of one side -> for each row of the other side, the sum over the rows it is paired with
     "sum_neighbours": "(Tensor values, Tensor pairs, bool to_labels, int capacity) -> Tensor",
     # centre boxes of outputs 1..kept and labels 1..n -> owned (B, out_capacity, 2) int64: voxels whose box of largest
@@ -98,8 +99,8 @@ def backend(tensor: Tensor) -> str:
     return chosen
 
 
-# Which file of kernels/ holds the launcher of an operator.
-_KERNEL_ROOMS = {
+# Which room of `cpu/` holds an operator, and of `kernels/` its launcher.
+_ROOMS = {
     "components": "components",
     "find_instances": "components",
     "number_instances": "components",
@@ -116,9 +117,8 @@ def _dispatch(name: str) -> Any:
     def run(*args: Any) -> Any:
         first: Tensor = args[0]
         if backend(first) == "cpu":
-            return getattr(importlib.import_module(".cpu", __package__), name)(*args)
-        room = importlib.import_module(f".kernels.{_KERNEL_ROOMS[name]}", __package__)
-        launch = getattr(room, f"launch_{name}")
+            return getattr(importlib.import_module(f".cpu.{_ROOMS[name]}", __package__), name)(*args)
+        launch = getattr(importlib.import_module(f".kernels.{_ROOMS[name]}", __package__), f"launch_{name}")
         if first.device.type == "cpu":
             return launch(*args)
         with torch.cuda.device(first.device):

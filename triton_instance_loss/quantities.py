@@ -34,7 +34,7 @@ def phi(code: int, u: Tensor, w: Tensor | float) -> Tensor:
 
 
 def phi_derivative(code: int, u: Tensor, w: Tensor | float) -> Tensor:
-    """Derivative of `phi` with respect to `u`; of the cross entropy as torch.nn.BCELoss has it (denominator >= 1e-12)."""
+    """Derivative of `phi` in `u`; of the cross entropy as torch.nn.BCELoss has it (denominator >= 1e-12)."""
     if code == MASS:
         return torch.ones_like(u)
     if code == SQUARE:

@@ -146,7 +146,7 @@ def false_instances(found: Found, sums: SumTables, options: Options) -> Tensor:
 
 
 def missed_instances(found: Found, sums: SumTables, options: Options) -> Tensor:
-    """Label instances that no kept output touches. Gradient: minus the mean of a over each label that no output touches."""
+    """Labels that no kept output touches. Gradient: minus the mean of a over each label that no output touches."""
     detected = (sums.lab[..., ops.OVERLAP] > 0).sum(1)
     real = first_rows(found.num_labels, sums.lab.shape[1])
     untouched = real & (sums.lab[..., ops.TOUCHED] == 0)

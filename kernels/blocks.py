@@ -1,0 +1,34 @@
+"""How work is cut into programs, and where a lane of a program lies in its volume.
+
+A kernel over voxels runs on a grid of (programs a sample, samples); a lane is one voxel, or one 2x2x2 cell, of one sample.
+A kernel over the rows of a table runs on a fixed number of programs a sample, each of which takes every so many-th row up
+to the number of instances, which only the device knows: rows that are not used cost nothing.
+"""
+
+import os
+
+import triton
+import triton.language as tl  # noqa: F401 (the interpreter wants it in sight of every helper)
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# The interpreter pays for each operation of each program and hardly for lanes, so there programs are few and wide.
+INTERPRETED_LANES = 32768
+INTERPRETED_PROGRAMS = 2
+# Programs a sample for tables: a few for each multiprocessor of today's devices (at most about 150).
+TABLE_PROGRAMS = 512
+
+
+def block_size(lanes: int, on_gpu: int) -> int:
+    """Lanes of one program when a sample has `lanes` of them: `on_gpu`, except in the interpreter."""
+    return min(INTERPRETED_LANES, triton.next_power_of_2(max(lanes, 1))) if INTERPRETED else on_gpu
+
+
+def table_programs(rows: int) -> int:
+    """Programs that share the rows of one sample's table."""
+    return min(rows, INTERPRETED_PROGRAMS if INTERPRETED else TABLE_PROGRAMS)
+
+
+@triton.jit
+def coordinates(index, H, W):
+    """Coordinates (z, y, x) of a linear index into a volume (D, H, W)."""
+    return index // W // H, index // W % H, index % W

@@ -1,0 +1,148 @@
+"""Centre boxes: how output boxes and label boxes overlap, and the same as volumes.
+
+The centre of an instance is its mean coordinate, rounded up, in integers: c = (sum + size - 1) // size. With the offset o of an
+axis its box covers [c - o - 1, c + o), clipped to the volume. A voxel in several boxes belongs to the largest row.
+
+1. `_paint_boxes_kernel` raises each voxel of a box to the row of the instance (atomic_max), once for outputs, once for labels.
+2. `_count_boxes_kernel` walks over the same boxes and counts the voxels that still hold the row: outside and inside the
+   boxes of the other side.
+
+A program takes one row after the other, up to the number of instances. Backward: none here; the terms use the counts.
+Deterministic: maxima and integers. Bytes a voxel: 4 zeroed for each map, besides which only voxels in boxes are touched.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import ops
+from .blocks import block_size, coordinates, table_programs
+
+COLUMNS: tl.constexpr = tl.constexpr(ops.GEOMETRY_COLUMNS)
+SIZE: tl.constexpr = tl.constexpr(ops.SIZE)
+COORDINATE_SUMS: tl.constexpr = tl.constexpr(ops.COORDINATE_SUMS.start)
+# A box of the usual offsets, up to 3, has at most 7^3 = 343 voxels.
+BOX_BLOCK = 256
+
+
+@triton.jit
+def _box_side(row_ptr, dim, offset, AXIS: tl.constexpr):
+    """First coordinate of a row's centre box along one axis, and how many voxels it has there."""
+    size = tl.maximum(tl.load(row_ptr + SIZE), 1)
+    center = (tl.load(row_ptr + COORDINATE_SUMS + AXIS) + size - 1) // size
+    low = tl.maximum(center - offset - 1, 0)
+    return low, tl.maximum(tl.minimum(center + offset, dim) - low, 0)
+
+
+@triton.jit
+def _paint_boxes_kernel(
+    geometry_ptr,  # (B, capacity, 10) int64
+    counts_ptr,  # (B,) int32
+    owner_ptr,  # (B, D, H, W) int32
+    capacity,
+    D,
+    H,
+    W,
+    offset_z,
+    offset_y,
+    offset_x,
+    BLOCK: tl.constexpr,
+):
+    sample = tl.program_id(1).to(tl.int64)
+    owner_ptr += sample * D * H * W
+    rows = tl.minimum(tl.load(counts_ptr + sample), capacity)
+    for row in range(tl.program_id(0), rows, tl.num_programs(0)):
+        row_ptr = geometry_ptr + (sample * capacity + row) * COLUMNS
+        low_z, size_z = _box_side(row_ptr, D, offset_z, 0)
+        low_y, size_y = _box_side(row_ptr, H, offset_y, 1)
+        low_x, size_x = _box_side(row_ptr, W, offset_x, 2)
+        for first in range(0, size_z * size_y * size_x, BLOCK):
+            lane = first + tl.arange(0, BLOCK)
+            z, y, x = coordinates(lane, size_y, size_x)
+            voxel = ((low_z + z) * H + low_y + y) * W + low_x + x
+            tl.atomic_max(owner_ptr + voxel, row + 1, mask=lane < size_z * size_y * size_x, sem="relaxed")
+
+
+@triton.jit
+def _count_boxes_kernel(
+    geometry_ptr,  # (B, capacity, 10) int64
+    counts_ptr,  # (B,) int32
+    owner_ptr,  # (B, D, H, W) int32, of the same side
+    other_ptr,  # (B, D, H, W) int32, of the other side
+    owned_ptr,  # (B, capacity, 2) int64
+    capacity,
+    D,
+    H,
+    W,
+    offset_z,
+    offset_y,
+    offset_x,
+    BLOCK: tl.constexpr,
+):
+    sample = tl.program_id(1).to(tl.int64)
+    owner_ptr += sample * D * H * W
+    other_ptr += sample * D * H * W
+    rows = tl.minimum(tl.load(counts_ptr + sample), capacity)
+    for row in range(tl.program_id(0), rows, tl.num_programs(0)):
+        row_ptr = geometry_ptr + (sample * capacity + row) * COLUMNS
+        low_z, size_z = _box_side(row_ptr, D, offset_z, 0)
+        low_y, size_y = _box_side(row_ptr, H, offset_y, 1)
+        low_x, size_x = _box_side(row_ptr, W, offset_x, 2)
+        outside = tl.zeros((BLOCK,), tl.int64)
+        inside = tl.zeros((BLOCK,), tl.int64)
+        for first in range(0, size_z * size_y * size_x, BLOCK):
+            lane = first + tl.arange(0, BLOCK)
+            z, y, x = coordinates(lane, size_y, size_x)
+            voxel = ((low_z + z) * H + low_y + y) * W + low_x + x
+            in_box = lane < size_z * size_y * size_x
+            mine = tl.load(owner_ptr + voxel, mask=in_box, other=0) == row + 1
+            other = tl.load(other_ptr + voxel, mask=mine, other=0)
+            outside += (mine & (other == 0)).to(tl.int64)
+            inside += (mine & (other > 0)).to(tl.int64)
+        tl.store(owned_ptr + (sample * capacity + row) * 2, tl.sum(outside, axis=0))
+        tl.store(owned_ptr + (sample * capacity + row) * 2 + 1, tl.sum(inside, axis=0))
+
+
+def _paint(geometry: Tensor, counts: Tensor, shape: list[int], offsets: list[int]) -> Tensor:
+    """Largest row (from 1) whose centre box covers a voxel, (B, D, H, W) int32; 0 = none."""
+    batch, capacity, _ = geometry.shape
+    owner = torch.zeros((batch, *shape), dtype=torch.int32, device=geometry.device)
+    if owner.numel() > 0 and capacity > 0:
+        block = block_size(owner[0].numel(), BOX_BLOCK)
+        _paint_boxes_kernel[(table_programs(capacity), batch)](
+            geometry, counts, owner, capacity, *shape, *offsets, block
+        )
+    return owner
+
+
+def _count(
+    geometry: Tensor, counts: Tensor, owner: Tensor, other: Tensor, shape: list[int], offsets: list[int]
+) -> Tensor:
+    """For each row, the voxels it owns outside [0] and inside [1] the boxes of the other side, (B, capacity, 2) int64."""
+    batch, capacity, _ = geometry.shape
+    owned = torch.zeros((batch, capacity, 2), dtype=torch.int64, device=geometry.device)
+    if owner.numel() > 0 and capacity > 0:
+        block = block_size(owner[0].numel(), BOX_BLOCK)
+        _count_boxes_kernel[(table_programs(capacity), batch)](
+            geometry, counts, owner, other, owned, capacity, *shape, *offsets, block
+        )
+    return owned
+
+
+def launch_center_overlaps(
+    out_geometry: Tensor, lab_geometry: Tensor, kept: Tensor, num_labels: Tensor, shape: list[int], offsets: list[int]
+) -> tuple[Tensor, Tensor]:
+    """Voxels each kept output owns outside and inside label boxes, and voxels that are in label boxes only."""
+    out_owner = _paint(out_geometry, kept, shape, offsets)
+    lab_owner = _paint(lab_geometry, num_labels, shape, offsets)
+    owned = _count(out_geometry, kept, out_owner, lab_owner, shape, offsets)
+    alone = _count(lab_geometry, num_labels, lab_owner, out_owner, shape, offsets)
+    return owned, alone[..., 0].sum(dim=1)
+
+
+def launch_center_volumes(
+    out_geometry: Tensor, lab_geometry: Tensor, kept: Tensor, num_labels: Tensor, shape: list[int], offsets: list[int]
+) -> tuple[Tensor, Tensor]:
+    """Owner of each voxel among the kept outputs' boxes, int32, and whether a label box covers it, bool."""
+    return _paint(out_geometry, kept, shape, offsets), _paint(lab_geometry, num_labels, shape, offsets) > 0

@@ -1,0 +1,203 @@
+"""Connected components by union-find, and the instances they make.
+
+Two foreground voxels of one 2x2x2 cell always touch, so a cell is one *node*, called by the largest id (linear index + 1)
+of a foreground voxel in it. The output is the parent array itself: a voxel holds the id of its parent, 0 in the background.
+
+1. `_nodes_kernel`: every foreground voxel gets its node for a parent; one byte a cell says which of its voxels are foreground.
+2. `_merge_kernel`: each cell looks at its 13 forward neighbours. Two cells touch if both have foreground on the faces,
+   edges or corners that they share, which the two bytes tell. Then their sets are united.
+3. `_flatten_kernel`: every voxel climbs to its root, which is the largest id in the component.
+
+Uniting, by all programs at once and without locks: of two nodes the lower one climbs, until they meet or it is a root `low`.
+Then `old = atomic_max(parent of low, high)` hangs it under the other node. If another program was faster, low had the parent
+`old` by then; it is our task now to unite old and high. A parent always has a larger id than its child, so no cycle can form
+and every step climbs: the loop ends. While climbing, a node is hung under its grandparent (path splitting; without it chains
+grow long). Such a store may undo another program's atomic_max, and a load may be stale, yet both only ever name an
+ancestor; it is the first parent a root gets that must last, and that one is decided by the value which the atomic returns.
+
+Backward: none, ids are constants. Deterministic: the largest id of a component does not depend on who unites first.
+Bytes a voxel: 1 read and 4 written for the nodes, 1/8 written and about 2 read (14/8) for the cells, 4 read and 4 written
+to flatten, besides the climbing, which only foreground does.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .blocks import block_size, coordinates
+from .numbering import number
+from .propagation import propagate
+
+NODES_BLOCK = 128
+# One lane a thread: where a block has fewer lanes than threads, a value-returning atomic in a loop can repeat for ever; with
+# more lanes than threads the loop needs over 200 registers. One warp, so that no lane waits at a barrier for another warp.
+MERGE_BLOCK, MERGE_WARPS = 32, 1
+FLATTEN_BLOCK = 256
+
+
+@triton.jit
+def _cell_coordinates(cell, H, W):
+    """Coordinates of the first voxel of a 2x2x2 cell."""
+    z, y, x = coordinates(cell, (H + 1) // 2, (W + 1) // 2)
+    return 2 * z, 2 * y, 2 * x
+
+
+@triton.jit
+def _node(occupancy, z, y, x, H, W):
+    """Largest foreground id of the cell at (z, y, x): that of the highest bit, since bits are in the order of indices."""
+    in_z = (occupancy >= 16).to(tl.int32)
+    occupancy = occupancy >> 4 * in_z
+    in_y = (occupancy >= 4).to(tl.int32)
+    occupancy = occupancy >> 2 * in_y
+    in_x = (occupancy >= 2).to(tl.int32)
+    return ((z + in_z) * H + y + in_y) * W + x + in_x + 1
+
+
+@triton.jit
+def _facing(step_z, step_y, step_x):
+    """Bits of a cell that touch the neighbour cell at (step_z, step_y, step_x); a constant holds one byte for each step."""
+    return (0xF0FF0F >> 8 * (step_z + 1)) & (0xCCFF33 >> 8 * (step_y + 1)) & (0xAAFF55 >> 8 * (step_x + 1)) & 0xFF
+
+
+@triton.jit
+def _unite(parents_ptr, left, right, active):
+    """Make one set of the sets of `left` and `right`, two nodes each; the parent of node i is at parents_ptr + i."""
+    while tl.max(active.to(tl.int32), axis=0) > 0:
+        low = tl.minimum(left, right)
+        high = tl.maximum(left, right)
+        parent = tl.load(parents_ptr + low, mask=active, other=0)
+        grandparent = tl.load(parents_ptr + parent, mask=active, other=0)
+        tl.store(parents_ptr + low, grandparent, mask=active & (parent != grandparent))
+        at_root = active & (parent == low)
+        old = tl.atomic_max(parents_ptr + low, high, mask=at_root, sem="relaxed")
+        left = tl.where(at_root, old, parent)
+        right = high
+        active = active & ~(at_root & (old == low)) & (left != right)
+
+
+@triton.jit
+def _nodes_kernel(
+    mask_ptr,  # (B, V) bool
+    ids_ptr,  # (B, V) int32
+    cells_ptr,  # (B, N) uint8
+    D,
+    H,
+    W,
+    N,
+    BLOCK: tl.constexpr,
+):
+    cell = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    sample = tl.program_id(1).to(tl.int64)
+    z, y, x = _cell_coordinates(cell, H, W)
+    first = sample * D * H * W + (z * H + y) * W + x
+
+    occupancy = tl.zeros((BLOCK,), tl.int32)
+    for corner in tl.static_range(8):
+        inside = (cell < N) & (z + corner // 4 < D) & (y + corner // 2 % 2 < H) & (x + corner % 2 < W)
+        step = (corner // 4 * H + corner // 2 % 2) * W + corner % 2
+        foreground = tl.load(mask_ptr + first + step, mask=inside, other=0)
+        occupancy |= foreground.to(tl.int32) << corner
+    tl.store(cells_ptr + sample * N + cell, occupancy.to(tl.uint8), mask=cell < N)
+
+    node = _node(occupancy, z, y, x, H, W)
+    for corner in tl.static_range(8):
+        inside = (cell < N) & (z + corner // 4 < D) & (y + corner // 2 % 2 < H) & (x + corner % 2 < W)
+        step = (corner // 4 * H + corner // 2 % 2) * W + corner % 2
+        tl.store(ids_ptr + first + step, tl.where((occupancy >> corner) & 1 != 0, node, 0), mask=inside)
+
+
+@triton.jit
+def _merge_kernel(
+    ids_ptr,  # (B, V) int32
+    cells_ptr,  # (B, N) uint8
+    D,
+    H,
+    W,
+    N,
+    last,
+    BLOCK: tl.constexpr,
+):
+    cell = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    sample = tl.program_id(1).to(tl.int64)
+    cells_ptr += sample * N
+    parents_ptr = ids_ptr + sample * D * H * W - 1  # id i is voxel i - 1
+
+    occupancy = tl.load(cells_ptr + cell, mask=cell < N, other=0).to(tl.int32)
+    if tl.max(occupancy, axis=0) > 0:
+        z, y, x = _cell_coordinates(cell, H, W)
+        node = _node(occupancy, z, y, x, H, W)
+        for direction in range(14, last):  # of the 27 steps -1, 0, 1 in three axes, those that lead forward
+            step_z, step_y, step_x = direction // 9 - 1, direction // 3 % 3 - 1, direction % 3 - 1
+            to_z, to_y, to_x = z + 2 * step_z, y + 2 * step_y, x + 2 * step_x
+            inside = (to_z < D) & (to_y >= 0) & (to_y < H) & (to_x >= 0) & (to_x < W)
+            facing = inside & ((occupancy & _facing(step_z, step_y, step_x)) != 0)
+            to_cell = cell + (step_z * ((H + 1) // 2) + step_y) * ((W + 1) // 2) + step_x
+            to_occupancy = tl.load(cells_ptr + to_cell, mask=facing, other=0).to(tl.int32)
+            touching = (to_occupancy & _facing(-step_z, -step_y, -step_x)) != 0
+            _unite(parents_ptr, node, _node(to_occupancy, to_z, to_y, to_x, H, W), touching)
+
+
+@triton.jit
+def _flatten_kernel(
+    ids_ptr,  # (B, V) int32
+    V,
+    BLOCK: tl.constexpr,
+):
+    voxel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    ids_ptr += tl.program_id(1).to(tl.int64) * V
+    node = tl.load(ids_ptr + voxel, mask=voxel < V, other=0)
+    climbing = node > 0
+    while tl.max(climbing.to(tl.int32), axis=0) > 0:
+        parent = tl.load(ids_ptr - 1 + node, mask=climbing, other=0)
+        climbing = climbing & (parent != node)
+        node = tl.where(climbing, parent, node)
+    tl.store(ids_ptr + voxel, node, mask=node > 0)
+
+
+def launch_components(mask: Tensor, num_iterations: int) -> Tensor:
+    """Ids of the components of `mask` (B, D, H, W) bool; with `num_iterations` > 0, what that many rounds of pooling reach."""
+    if num_iterations > 0:
+        return propagate(mask, num_iterations)
+    ids = torch.empty(mask.shape, dtype=torch.int32, device=mask.device)
+    if ids.numel() == 0:
+        return ids
+    batch, depth, height, width = mask.shape
+    cells = torch.empty(
+        (batch, triton.cdiv(depth, 2) * triton.cdiv(height, 2) * triton.cdiv(width, 2)),
+        dtype=torch.uint8,
+        device=mask.device,
+    )
+    num_cells, num_voxels = cells.shape[1], depth * height * width
+    block = block_size(num_cells, NODES_BLOCK)
+    _nodes_kernel[(triton.cdiv(num_cells, block), batch)](mask, ids, cells, depth, height, width, num_cells, block)
+    block = block_size(num_cells, MERGE_BLOCK)
+    last = 27 if depth > 2 else 18  # one layer of cells has no neighbours in the next
+    _merge_kernel[(triton.cdiv(num_cells, block), batch)](
+        ids, cells, depth, height, width, num_cells, last, block, num_warps=MERGE_WARPS
+    )
+    block = block_size(num_voxels, FLATTEN_BLOCK)
+    _flatten_kernel[(triton.cdiv(num_voxels, block), batch)](ids, num_voxels, block)
+    return ids
+
+
+def launch_find_instances(
+    mask: Tensor, num_iterations: int, min_size: int, capacity: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Row map, counts and geometry of the components of `mask` with more than `min_size` voxels."""
+    return number(launch_components(mask, num_iterations), min_size, capacity)
+
+
+def launch_number_instances(ids: Tensor, min_size: int, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Row map, counts and geometry of the sets of equal positive `ids` (B, D, H, W) int64 with more than `min_size` voxels."""
+    if ids.numel() == 0:
+        return number(ids.to(torch.int32), min_size, capacity)
+    # Any 63-bit id becomes its rank among the ids of its sample, which keeps their order and fits a table by voxel.
+    values, order = ids.flatten(1).sort(dim=1)
+    new = values > 0
+    new[:, 1:] &= values[:, 1:] != values[:, :-1]
+    # One flat cumsum: along the last axis of a few long rows, torch's runs on a few threads. Earlier samples only add to
+    # the ranks of later ones, and are taken off again.
+    ranks = new.flatten().cumsum(0, dtype=torch.int32).view(new.shape)
+    ranks = torch.where(values > 0, ranks - ranks[:, :1] + new[:, :1], 0)
+    return number(ranks.new_empty(ranks.shape).scatter_(1, order, ranks).view(ids.shape), min_size, capacity)

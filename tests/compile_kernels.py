@@ -1,0 +1,154 @@
+"""Compile every kernel for the GPUs we support, without one, and say how many registers each takes.
+
+The launchers are called on small CPU tensors, with `JITFunction.run` replaced by one that notes what would be launched: the types,
+constants, blocks and warps are those of a real launch. `python tests/compile_kernels.py` prints a table; `--json` one line for
+each compiled kernel, as `test_compile.py` reads it. Must not run under TRITON_INTERPRET.
+"""
+
+import argparse
+import importlib
+import itertools
+import json
+import multiprocessing
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+import triton  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+ARCHITECTURES = (80, 90, 100)
+TYPES = {
+    torch.bool: "*i1",
+    torch.uint8: "*u8",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+    torch.float32: "*fp32",
+    torch.float64: "*fp64",
+}
+# Sums: type of a, quantity, no_tp. Every quantity, and every type with the cheapest and the dearest one.
+SUMS = [
+    (torch.bool, 0, True),
+    (torch.bool, 4, False),
+    (torch.float32, 0, True),
+    (torch.float32, 1, False),
+    (torch.float32, 2, True),
+    (torch.float32, 3, True),
+    (torch.float32, 4, True),
+    (torch.float64, 0, False),
+    (torch.float64, 4, True),
+]
+
+
+def rooms():
+    """The modules of `kernels/`."""
+    names = sorted(path.stem for path in (ROOT / "kernels").glob("*.py"))
+    return {name: importlib.import_module(f"triton_instance_loss.kernels.{name}") for name in names}
+
+
+def kernels():
+    """Names of all kernels. What is called from kernels is compiled with them, and by our rule not called a kernel."""
+    return [
+        f"{room}.{name}"
+        for room, module in rooms().items()
+        for name, value in vars(module).items()
+        if isinstance(value, triton.JITFunction) and name.endswith("_kernel")
+    ]
+
+
+def call_launchers():
+    """Call each launcher with each kind of argument that changes what is compiled."""
+    room = rooms()
+    for depth in (9, 1):
+        shape = (2, depth, 10, 11)
+        mask = torch.zeros(shape, dtype=torch.bool)
+        for rounds, min_size in ((0, 0), (3, 2)):
+            room["components"].launch_find_instances(mask, rounds, min_size, 20)
+        geometry, counts = torch.zeros((2, 20, 10), dtype=torch.int64), torch.zeros(2, dtype=torch.int32)
+        sides = (geometry, geometry, counts, counts, list(shape[1:]))
+        room["centers"].launch_center_overlaps(*sides, [2, 2, 2])
+        room["proximity"].launch_proximity_minima(*sides, depth == 1)
+    rows = torch.zeros(shape, dtype=torch.int32)
+    for dtype, quantity, no_tp in SUMS:
+        case = (torch.zeros(shape, dtype=dtype), mask, rows, rows, counts, quantity, no_tp)
+        tables = room["tables"].launch_sum_instances(*case, 20, 20, 64)[:3]
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        room["tables"].launch_sum_instances_backward(*tables, *case, wide)
+    for to_labels in (True, False):
+        room["tables"].launch_sum_neighbours(tables[0][..., 0], torch.zeros((2, 64), dtype=torch.int64), to_labels, 20)
+
+
+def launches():
+    """What the launchers would launch: {(kernel, variant): (function, signature, constants, options)}."""
+    noted = {}
+
+    def note(self, *args, grid, warmup=False, **options):
+        signature, constants = {}, {}
+        for parameter, value in zip(self.params, args, strict=True):
+            if isinstance(value, torch.Tensor):
+                signature[parameter.name] = TYPES[value.dtype]
+            elif parameter.is_constexpr or value == 1:  # a launch makes a constant of an integer that is 1
+                signature[parameter.name], constants[parameter.name] = "constexpr", value
+            else:
+                signature[parameter.name] = "i32"
+        types = [kind[1:] for name, kind in signature.items() if name in ("a_ptr", "grad_a_ptr")]
+        variant = " ".join([*types, *(f"{name}={value}" for name, value in constants.items())])
+        kernel = f"{self.fn.__module__.rsplit('.', 1)[1]}.{self.fn.__name__}"
+        noted[kernel, variant] = self, signature, constants, options
+
+    original, triton.JITFunction.run = triton.JITFunction.run, note
+    try:
+        call_launchers()
+    finally:
+        triton.JITFunction.run = original
+    return noted
+
+
+def usage(cubin):
+    """Registers a thread, and bytes of stack and local memory, where spilled registers go."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.check_output([CUOBJDUMP, "--dump-resource-usage", file.name], text=True)
+    return {key.lower(): int(re.search(rf"\b{key}:(\d+)", text)[1]) for key in ("REG", "STACK", "LOCAL")}
+
+
+def compile_for(architecture):
+    """Compile every launch for one architecture."""
+    lines = []
+    for (kernel, variant), (function, signature, constants, options) in launches().items():
+        source = ASTSource(function, signature, constants)
+        compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+        line = {"kernel": kernel, "variant": variant, "architecture": architecture}
+        lines.append({**line, **usage(compiled.asm["cubin"])})
+    return lines
+
+
+def main():
+    """Compile for all architectures, side by side, and print."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    parser.add_argument("--architectures", type=int, nargs="+", default=ARCHITECTURES, metavar="SM")
+    options = parser.parse_args()
+    missing = set(kernels()) - {kernel for kernel, _ in launches()}
+    if missing:
+        sys.exit(f"call_launchers() launches no {', '.join(sorted(missing))}: add a call to it.")
+    with multiprocessing.get_context("spawn").Pool(min(2, len(options.architectures))) as pool:
+        lines = list(itertools.chain.from_iterable(pool.imap(compile_for, options.architectures)))
+    for line in lines:
+        if options.json:
+            print(json.dumps(line))
+        else:
+            print("{architecture:4} {reg:4} registers {stack:4} stack {local:4} local  {kernel}  {variant}".format(**line))
+
+
+if __name__ == "__main__":
+    main()
