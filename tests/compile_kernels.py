@@ -147,7 +147,9 @@ def main():
         if options.json:
             print(json.dumps(line))
         else:
-            print("{architecture:4} {reg:4} registers {stack:4} stack {local:4} local  {kernel}  {variant}".format(**line))
+            print(
+                "{architecture:4} {reg:4} registers {stack:4} stack {local:4} local  {kernel}  {variant}".format(**line)
+            )
 
 
 if __name__ == "__main__":
