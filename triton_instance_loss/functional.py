@@ -65,8 +65,7 @@ def evaluate_terms(
 
 def _pixel(outputs: Tensor, labels: Tensor, criterion: Criterion | None, activated: Any, options: Options) -> Tensor:
     """The pixel term: on the raw tensors; with "softmax" on the activated output; by default Dice on probabilities."""
-    if labels.dtype == torch.bool or not labels.is_floating_point():
-        labels = labels.to(outputs.dtype)
+    labels = labels.to(outputs.dtype)
     if criterion is None:
         probabilities = activated.probabilities
         return DICE(probabilities[:, None], activated.y[:, None])

@@ -156,7 +156,7 @@ def missed_instances(found: Found, sums: SumTables, options: Options) -> Tensor:
 def _count_or_rate(count: Tensor, carrier: Tensor, total: Tensor, options: Options) -> Tensor:
     value = straight_through(count.double(), carrier, options)
     if options.rate_instead_number:
-        value = value / (total + options.smoother)
+        value = value / (total.double() + options.smoother)
     return value.mean()
 
 
