@@ -1,6 +1,6 @@
 """Run every command and every Python block of README.md as a newcomer would, in a fresh clone of this checkout.
 
-The clone uses the environment that this script runs in: `make demo` finds it instead of making its own.
+`make demo` makes the environment that the rest runs in.
 """
 
 import os
@@ -44,8 +44,7 @@ def run(command: list[str] | str, folder: Path) -> None:
     """Run one command in `folder`; stop everything if it fails."""
     shown = command if isinstance(command, str) else "the Python block"
     print(f"$ {shown}", flush=True)
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    environment["VENV"] = str(Path(sys.executable).parents[1])
+    environment = {name: value for name, value in os.environ.items() if name != "VENV"}
     result = subprocess.run(command, shell=isinstance(command, str), cwd=folder, env=environment)
     if result.returncode:
         sys.exit(f"README.md: {shown!r} ended with {result.returncode}")
@@ -64,7 +63,7 @@ def main() -> None:
             else:
                 run(command, clone)
         for block in blocks("python"):
-            run([sys.executable, "-c", block], clone)
+            run([str(clone / ".venv/bin/python"), "-c", block], clone)
         print(f"README.md: {len(commands)} commands and {len(blocks('python'))} Python blocks work.")
 
 
