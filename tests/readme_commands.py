@@ -25,7 +25,7 @@ def blocks(language: str) -> list[str]:
 
 
 def provide_example_files(folder: Path) -> None:
-    """Put the pair of files that the README speaks of into `folder`: the published one if it is there, else a drawn one."""
+    """Put the pair of files that the README speaks of into `folder`: the published one if given, else a drawn one."""
     given = os.environ.get("INSTANCE_LOSS_EXAMPLE")
     if given:
         for name in EXAMPLE_FILES:
