@@ -122,7 +122,8 @@ class DiceLoss(torch.nn.Module):
         axes = tuple(range(2, outputs.ndim))
         labels = labels.to(outputs.dtype)
         overlap = (outputs * labels).sum(axes)
-        return 1.0 - torch.mean((2.0 * overlap + self.smooth) / (outputs.sum(axes) + labels.sum(axes) + self.smooth))
+        scores: Tensor = (2.0 * overlap + self.smooth) / (outputs.sum(axes) + labels.sum(axes) + self.smooth)
+        return 1.0 - scores.mean()
 
 
 DICE = DiceLoss()

@@ -68,7 +68,7 @@ def _pixel(outputs: Tensor, labels: Tensor, criterion: Criterion | None, activat
     labels = labels.to(outputs.dtype)
     if criterion is None:
         probabilities = activated.probabilities
-        return DICE(probabilities[:, None], activated.y[:, None])
+        return DICE.forward(probabilities[:, None], activated.y[:, None])
     if options.activation == "softmax":
         hard = terms.straight_through(activated.a.to(outputs.dtype), activated.probabilities, options)
         outputs, labels = hard.view(labels.shape[0], 1, *labels.shape[2:]), select(labels, options)

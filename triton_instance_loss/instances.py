@@ -59,7 +59,7 @@ class _SumNeighbours(torch.autograd.Function):
     def forward(ctx: Any, values: Tensor, pairs: Tensor, to_labels: bool, capacity: int) -> Tensor:
         ctx.save_for_backward(pairs)
         ctx.to_labels, ctx.capacity = to_labels, values.shape[1]
-        result: Tensor = ops.sum_neighbours(values, pairs, to_labels, capacity)
+        result: Tensor = ops.sum_neighbours(values, pairs, to_labels, capacity)  # type: ignore[no-untyped-call]
         return result
 
     @staticmethod
@@ -97,7 +97,7 @@ class Found:
     def sums(self, quantity: int, options: Options) -> "SumTables":
         """Sum `quantity` and what the terms need over each instance."""
         activated = self.activated
-        out, lab, sample, pairs = _SumInstances.apply(
+        out, lab, sample, pairs = _SumInstances.apply(  # type: ignore[no-untyped-call]
             activated.probabilities,
             activated.a,
             activated.y,

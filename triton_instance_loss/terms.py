@@ -82,8 +82,8 @@ def _used(
 ) -> Tensor:
     """The criterion in the first `counts` rows; other rows see ones, so that no formula divides by their zeros."""
     used = first_rows(counts, label.shape[1])
-    columns = (torch.where(used, column, 1.0) for column in (intersection, prediction, label))
-    return torch.where(used, form.value(Sums(*columns, voxels)), 0.0)
+    intersection, prediction, label = (torch.where(used, x, 1.0) for x in (intersection, prediction, label))
+    return torch.where(used, form.value(Sums(intersection, prediction, label, voxels)), 0.0)
 
 
 def _slow_values(found: Found, criterion: Callable[..., Any], options: Options) -> tuple[Tensor, Tensor, Tensor]:
