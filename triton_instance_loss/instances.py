@@ -59,7 +59,7 @@ class _SumNeighbours(torch.autograd.Function):
     def forward(ctx: Any, values: Tensor, pairs: Tensor, to_labels: bool, capacity: int) -> Tensor:
         ctx.save_for_backward(pairs)
         ctx.to_labels, ctx.capacity = to_labels, values.shape[1]
-        result: Tensor = ops.sum_neighbours(values, pairs, to_labels, capacity)  # type: ignore[no-untyped-call]
+        result: Tensor = ops.sum_neighbours(values, pairs, to_labels, capacity)
         return result
 
     @staticmethod
