@@ -8,6 +8,7 @@ CPU tensors go to `cpu/`, CUDA tensors to `kernels/`, which have the same rooms.
 Triton nor SciPy.
 """
 
+import functools
 import importlib
 import importlib.util
 import os
@@ -70,6 +71,11 @@ _SCHEMAS = {
 }
 
 
+@functools.cache
+def _triton_is_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
 def backend(tensor: Tensor) -> str:
     """Name of the backend that answers for `tensor`: "cpu" or "triton".
 
@@ -87,7 +93,7 @@ def backend(tensor: Tensor) -> str:
     if chosen == "cpu" and device == "cuda":
         raise ValueError(f"{BACKEND_VARIABLE}='cpu' works on CPU tensors only, got a tensor on {tensor.device}.")
     if chosen == "triton":
-        if importlib.util.find_spec("triton") is None:
+        if not _triton_is_installed():
             raise RuntimeError(
                 f"Tensors on {tensor.device} need the package 'triton', which is not installed: `pip install triton` "
                 "(Linux), or move the tensors to the CPU."
