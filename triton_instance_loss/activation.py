@@ -38,7 +38,7 @@ def select(value: Tensor, options: Options) -> Tensor:
 
 def to_volume(value: Tensor) -> Tensor:
     """(B, 1, *spatial) -> contiguous (B, D, H, W)."""
-    return (value if value.ndim == 4 else value[:, 0]).contiguous()
+    return (value if value.ndim == 4 else value.squeeze(1)).contiguous()
 
 
 def activate(outputs: Tensor, labels: Tensor, options: Options) -> Activated:

@@ -1,4 +1,10 @@
-"""Labelling, numbering and measuring on the CPU: `components`, `find_instances` and `number_instances` of ops.py."""
+"""Labelling, numbering and measuring on the CPU: `components`, `find_instances` and `number_instances` of ops.py.
+
+The foreground is cut into *runs*, voxels in a row along the last axis. Runs are some times fewer than voxels, and what
+touches, how large an instance is and where it lies follows from their ends.
+"""
+
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -9,78 +15,94 @@ from ..ops import GEOMETRY_COLUMNS, HIGHS, LOWS, SIZE
 
 Indices = NDArray[np.int64]
 
-# Up to this foreground fraction, joining runs of voxels beats a pass of scipy.ndimage.label over the whole volume.
+# Up to this foreground fraction, joining runs beats a pass of scipy.ndimage.label over the whole volume.
 SPARSE_FRACTION = 1 / 16
 _NO_LOW, _NO_HIGH = 2**31 - 1, -1
+
+
+class _Runs(NamedTuple):
+    """The foreground of a batch of volumes, and the runs it is made of, both in the order of linear indices."""
+
+    voxels: Indices
+    first: Indices  # first voxel of each run
+    last: Indices  # last voxel of each run
+
+    def fill(self, shape: tuple[int, ...], values: Indices) -> Tensor:
+        """Make a volume (int32) that holds the value of its run at each voxel, 0 elsewhere."""
+        # Zeros from the system come without touching the memory, which here stays untouched for the most part.
+        volume = np.zeros(shape, dtype=np.int32)
+        volume.reshape(-1)[self.voxels] = np.repeat(values, self.last - self.first + 1)
+        return torch.from_numpy(volume)
+
+
+def _cut(volume: NDArray[np.generic]) -> _Runs:
+    """Cut the non-zero voxels of (B, D, H, W) into runs of one value."""
+    voxels = np.flatnonzero(volume if volume.dtype == np.bool_ else volume != 0)
+    begins = np.ones(len(voxels), dtype=bool)
+    begins[1:] = np.diff(voxels) != 1
+    begins |= voxels % volume.shape[-1] == 0
+    if volume.dtype != np.bool_:
+        values = volume.reshape(-1)[voxels]
+        begins[1:] |= values[1:] != values[:-1]
+    at = np.flatnonzero(begins)
+    return _Runs(voxels, voxels[at], voxels[np.append(at[1:], len(voxels)) - 1] if len(voxels) else voxels)
 
 
 def components(mask: Tensor, num_iterations: int) -> Tensor:
     """Operator `components` (ops.py)."""
     if num_iterations > 0:
         return _propagate(mask, num_iterations)
-    voxels, names = _label(mask.numpy())
-    last = _largest_voxel(voxels, names)
-    ids = torch.zeros(mask.shape, dtype=torch.int32)
-    ids.numpy().reshape(-1)[voxels] = last[names] % mask[0].numel() + 1
-    return ids
+    runs = _cut(mask.numpy())
+    names = _label(runs, mask)
+    return runs.fill(mask.shape, _largest_voxel(runs, names)[names] % mask[0].numel() + 1)
 
 
 def find_instances(mask: Tensor, num_iterations: int, min_size: int, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
     """Operator `find_instances` (ops.py)."""
     if num_iterations > 0:
         return number_instances(_propagate(mask, num_iterations), min_size, capacity)
-    voxels, names = _label(mask.numpy())
-    return _number(voxels, names, _largest_voxel(voxels, names), mask.shape, min_size, capacity)
+    runs = _cut(mask.numpy())
+    names = _label(runs, mask)
+    largest = _largest_voxel(runs, names)
+    return _number(runs, names, largest, largest // mask[0].numel(), mask.shape, min_size, capacity)
 
 
 def number_instances(ids: Tensor, min_size: int, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
     """Operator `number_instances` (ops.py)."""
-    flat = ids.numpy().reshape(-1)
-    voxels = np.flatnonzero(flat != 0)
-    samples = voxels // ids[0].numel()
-    # Names in the order of (sample, id).
-    keys, names = np.unique(np.stack((samples, flat[voxels].astype(np.int64))), axis=1, return_inverse=True)
+    runs = _cut(ids.numpy())
+    keys = np.stack((runs.first // ids[0].numel(), ids.numpy().reshape(-1)[runs.first].astype(np.int64)))
+    keys, names = np.unique(keys, axis=1, return_inverse=True)  # in the order of (sample, id)
     order = np.arange(keys.shape[1])
-    first_voxel_of_sample = keys[0] * ids[0].numel()
-    return _number(voxels, names.reshape(-1), order, ids.shape, min_size, capacity, first_voxel_of_sample)
+    return _number(runs, names.reshape(-1), order, keys[0], ids.shape, min_size, capacity)
 
 
-def _label(mask: NDArray[np.bool_]) -> tuple[Indices, Indices]:
-    """Foreground voxels (ascending, over the whole batch) and the component of each, named 0..n-1 in any order."""
-    voxels = np.flatnonzero(mask)
-    if len(voxels) <= SPARSE_FRACTION * mask.size:
-        return voxels, _join_runs(voxels, mask.shape)
+def _label(runs: _Runs, mask: Tensor) -> Indices:
+    """Name the component of each run, 0..n-1 in any order."""
+    if len(runs.voxels) <= SPARSE_FRACTION * mask.numel():
+        return _join(runs, mask.shape)
     from scipy import ndimage
 
-    names = np.empty(len(voxels), dtype=np.int64)
-    done = start = 0
-    for sample in mask:
-        labelled, count = ndimage.label(sample, structure=np.ones((3, 3, 3)))
-        inside = labelled[sample]
-        names[done : done + len(inside)] = inside.astype(np.int64) - 1 + start
-        done, start = done + len(inside), start + count
-    return voxels, names
+    labelled = np.empty(mask.shape, dtype=np.int32)
+    count = 0
+    for sample, output in zip(mask.numpy(), labelled, strict=True):
+        found = ndimage.label(sample, structure=np.ones((3, 3, 3)), output=output)
+        output += count
+        count += found
+    return labelled.reshape(-1)[runs.first].astype(np.int64) - 1
 
 
-def _join_runs(voxels: Indices, shape: tuple[int, ...]) -> Indices:
-    """Name the components of a list of voxels: cut it into runs along W, join runs that touch, label that graph."""
+def _join(runs: _Runs, shape: tuple[int, ...]) -> Indices:
+    """Name the components of runs: those that touch are the edges of a graph."""
     from scipy.sparse import coo_matrix
     from scipy.sparse.csgraph import connected_components
 
     _, depth, height, width = shape
-    if len(voxels) == 0:
-        return voxels
-    line, x = np.divmod(voxels, width)
-    begins = np.ones(len(voxels), dtype=bool)
-    begins[1:] = (voxels[1:] != voxels[:-1] + 1) | (line[1:] != line[:-1])
-    firsts = np.flatnonzero(begins)
-    lasts = np.append(firsts[1:], len(voxels)) - 1
-    run_line = line[firsts]
+    line, x = np.divmod(runs.first, width)
     # Two free places between lines, so that a run widened by one voxel never reaches into another line.
-    first = run_line * (width + 2) + x[firsts]
-    last = run_line * (width + 2) + x[lasts]
-    h = run_line % height
-    d = run_line // height % depth
+    first = line * (width + 2) + x
+    last = first + (runs.last - runs.first)
+    plane, h = np.divmod(line, height)
+    d = plane % depth
 
     heads, tails = [], []
     for dd, dh in ((0, 1), (1, -1), (1, 0), (1, 1)):
@@ -93,15 +115,14 @@ def _join_runs(voxels: Indices, shape: tuple[int, ...]) -> Indices:
         within = np.arange(met.sum()) - np.repeat(np.cumsum(met) - met, met)
         tails.append(np.repeat(low, met) + within)
     head, tail = np.concatenate(heads), np.concatenate(tails)
-    graph = coo_matrix((np.ones(len(head), dtype=bool), (head, tail)), shape=(len(firsts), len(firsts)))
-    _, run_names = connected_components(graph, directed=False)
-    return np.repeat(run_names, lasts - firsts + 1).astype(np.int64)
+    graph = coo_matrix((np.ones(len(head), dtype=bool), (head, tail)), shape=(len(first), len(first)))
+    return connected_components(graph, directed=False)[1].astype(np.int64)
 
 
-def _largest_voxel(voxels: Indices, names: Indices) -> Indices:
+def _largest_voxel(runs: _Runs, names: Indices) -> Indices:
     """The largest voxel of each component: what orders components, and their id less one."""
     largest = np.zeros(names.max(initial=-1) + 1, dtype=np.int64)
-    largest[names] = voxels  # voxels ascend, and of several values for one name the last stays
+    largest[names] = runs.last  # voxels ascend, and of several values for one name the last stays
     return largest
 
 
@@ -109,11 +130,11 @@ def _propagate(mask: Tensor, rounds: int) -> Tensor:
     """`rounds` of 3x3x3 max-pooling of the linear indices (from 1) inside the mask."""
     from scipy import ndimage
 
-    ids = components(mask, 0)
-    voxels, names = _label(mask.numpy())
-    sizes = np.bincount(names)
-    named = np.zeros(mask.shape, dtype=np.int32)
-    named.reshape(-1)[voxels] = names + 1
+    runs = _cut(mask.numpy())
+    names = _label(runs, mask)
+    ids = runs.fill(mask.shape, _largest_voxel(runs, names)[names] % mask[0].numel() + 1)
+    sizes = np.bincount(names, weights=runs.last - runs.first + 1)
+    named = runs.fill(mask.shape, names + 1).numpy()
     index = np.arange(1, mask[0].numel() + 1, dtype=np.int32).reshape(1, *mask.shape[1:])
     for name, box in enumerate(ndimage.find_objects(named)):
         # A component of at most rounds + 1 voxels is no wider than `rounds` steps, and stays whole.
@@ -142,50 +163,43 @@ def _pool(values: NDArray[np.int32], inside: NDArray[np.bool_], rounds: int) -> 
 
 
 def _number(
-    voxels: Indices,
+    runs: _Runs,
     names: Indices,
     order: Indices,
+    samples: Indices,
     shape: tuple[int, ...],
     min_size: int,
     capacity: int,
-    voxel_of_name: Indices | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Row map, counts and geometry of named voxels; instances are numbered by `order` within their sample."""
-    batch, volume = shape[0], int(np.prod(shape[1:]))
-    sample_of_name = (order if voxel_of_name is None else voxel_of_name) // volume
-    sizes = np.bincount(names, minlength=len(order))
+    """Row map, counts and geometry of named runs; names (of `samples`) are numbered by `order`."""
+    sizes = np.bincount(names, weights=runs.last - runs.first + 1, minlength=len(order))
     large = sizes > min_size
-    counts = np.bincount(sample_of_name[large], minlength=batch)
-
+    counts = np.bincount(samples[large], minlength=shape[0])
     ranked = np.argsort(order)
     ranked = ranked[large[ranked]]
     row_of_name = np.zeros(len(order), dtype=np.int64)
-    row_of_name[ranked] = np.arange(len(ranked)) - (np.cumsum(counts) - counts)[sample_of_name[ranked]] + 1
-
-    rows = torch.zeros(shape, dtype=torch.int32)
-    row_of_voxel = row_of_name[names]
-    rows.numpy().reshape(-1)[voxels] = row_of_voxel
-    if min_size > 0:
-        present = row_of_voxel > 0
-        voxels, row_of_voxel = voxels[present], row_of_voxel[present]
-    capacity = capacity or max(1, int(counts.max()))
-    geometry = _measure(voxels, row_of_voxel, shape, capacity)
-    return rows, torch.from_numpy(counts.astype(np.int32)), torch.from_numpy(geometry)
+    row_of_name[ranked] = np.arange(len(ranked)) - (np.cumsum(counts) - counts)[samples[ranked]] + 1
+    rows = row_of_name[names]
+    geometry = _measure(runs, rows, shape, capacity or max(1, int(counts.max())))
+    return runs.fill(shape, rows), torch.from_numpy(counts.astype(np.int32)), torch.from_numpy(geometry)
 
 
-def _measure(voxels: Indices, rows: Indices, shape: tuple[int, ...], capacity: int) -> NDArray[np.int64]:
+def _measure(runs: _Runs, rows: Indices, shape: tuple[int, ...], capacity: int) -> NDArray[np.int64]:
     """Size, coordinate sums and bounds of each instance."""
     batch, depth, height, width = shape
-    line, w = np.divmod(voxels, width)
+    used = np.flatnonzero(rows)
+    first, length = runs.first[used], (runs.last - runs.first)[used] + 1
+    line, w = np.divmod(first, width)
     plane, h = np.divmod(line, height)
     sample, d = np.divmod(plane, depth)
-    at = sample * capacity + rows - 1
+    at = sample * capacity + rows[used] - 1
     table = np.zeros((batch * capacity, GEOMETRY_COLUMNS), dtype=np.int64)
     table[:, LOWS], table[:, HIGHS] = _NO_LOW, _NO_HIGH
-    table[:, SIZE] = np.bincount(at, minlength=len(table))
-    for axis, coordinate in enumerate((d, h, w)):
-        # Coordinates are below 2^31 and their sums below 2^53: exact in float64.
-        table[:, 1 + axis] = np.bincount(at, weights=coordinate, minlength=len(table))
-        np.minimum.at(table[:, 4 + axis], at, coordinate)
-        np.maximum.at(table[:, 7 + axis], at, coordinate)
+    # Coordinates are below 2^31 and their sums below 2^53: exact in float64.
+    table[:, SIZE] = np.bincount(at, weights=length, minlength=len(table))
+    sums = (d * length, h * length, w * length + length * (length - 1) // 2)
+    for axis, (total, low, high) in enumerate(zip(sums, (d, h, w), (d, h, w + length - 1), strict=True)):
+        table[:, 1 + axis] = np.bincount(at, weights=total, minlength=len(table))
+        np.minimum.at(table[:, 4 + axis], at, low)
+        np.maximum.at(table[:, 7 + axis], at, high)
     return table.reshape(batch, capacity, GEOMETRY_COLUMNS)

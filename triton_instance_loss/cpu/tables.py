@@ -7,43 +7,68 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .. import quantities
 from ..ops import COST, EXCESS, INTERSECTION, MASS, OVERLAP, SAMPLE_COLUMNS, SUMS_COLUMNS, TOUCHED
 from ..quantities import phi, phi_derivative
 
 
-class _Foreground:
-    """The voxels of one row map: where they are, and what the volumes hold there."""
+class _Pairs:
+    """The foreground voxels, gathered by the pair (output row, label row) that they belong to; 0 = none.
 
-    def __init__(self, rows: Tensor, capacity: int) -> None:
-        self.voxels = np.flatnonzero(rows.numpy() != 0)
-        self.rows = rows.numpy().reshape(-1)[self.voxels].astype(np.int64)
-        self.samples = self.voxels // rows[0].numel()
-        self.at = self.samples * capacity + self.rows - 1
-        self.shape = (rows.shape[0], capacity)
+    All voxels of a pair go the same way, so voxels are summed by pair, and the few pairs are sorted into the tables.
+    """
+
+    def __init__(self, a: Tensor, y: Tensor, out_rows: Tensor, lab_rows: Tensor) -> None:
+        # Instances lie inside these masks, and bytes are quicker to search than row maps.
+        foreground = (a | y) if a.dtype == torch.bool else (out_rows | lab_rows) != 0
+        self.voxels = np.flatnonzero(foreground.numpy())
+        batch, volume = a.shape[0], a[0].numel()
+        out, lab = self.take(out_rows), self.take(lab_rows)
+        rows = (int(out.max(initial=0)) + 1, int(lab.max(initial=0)) + 1)
+        key = out * np.int64(rows[1]) + lab
+        if batch > 1:
+            key += self.voxels // volume * (rows[0] * rows[1])
+        if batch * rows[0] * rows[1] <= len(key):
+            self.of_voxel, pairs = key, np.arange(batch * rows[0] * rows[1])
+        else:
+            pairs, self.of_voxel = np.unique(key, return_inverse=True)
+        sample_out, self.lab = np.divmod(pairs, rows[1])
+        self.sample, self.out = np.divmod(sample_out, rows[0])
+        self.sizes = np.bincount(self.of_voxel, minlength=len(pairs))
+        values = torch.from_numpy(self.take(a))
+        self.a = values.float() if values.dtype == torch.bool else values
+        self.y = torch.from_numpy(self.take(y))
 
     def take(self, volume: Tensor) -> NDArray[Any]:
         """The values of `volume` at the voxels."""
         taken: NDArray[Any] = volume.numpy().reshape(-1)[self.voxels]
         return taken
 
-    def activated(self, a: Tensor) -> Tensor:
-        """The activated outputs at the voxels, as floating-point numbers."""
-        values = torch.from_numpy(self.take(a))
-        return values.float() if values.dtype == torch.bool else values
+    def kept(self, kept: Tensor) -> NDArray[np.bool_]:
+        """Which pairs lie inside a kept output."""
+        inside: NDArray[np.bool_] = (self.out > 0) & (self.out <= kept.numpy()[self.sample])
+        return inside
 
-    def table(self, columns: dict[int, Tensor | NDArray[Any]]) -> Tensor:
-        """Sums over each instance, one column a quantity, (B, capacity, columns)."""
-        size = self.shape[0] * self.shape[1]
-        table = np.zeros((size, SUMS_COLUMNS))
+    def sum(self, values: Tensor) -> NDArray[np.float64]:
+        """Sum the values of the voxels of each pair."""
+        return np.bincount(self.of_voxel, weights=values.numpy(), minlength=len(self.sizes))
+
+    def table(self, side: NDArray[np.int64], capacity: int, batch: int, columns: dict[int, NDArray[Any]]) -> Tensor:
+        """Sum pairs over each row of one side, one column a quantity, (B, capacity, columns)."""
+        table = np.zeros((batch * capacity, SUMS_COLUMNS))
+        here = np.flatnonzero(side)
+        at = self.sample[here] * capacity + side[here] - 1
         for column, values in columns.items():
-            table[:, column] = np.bincount(self.at, weights=np.asarray(values), minlength=size)
-        return torch.from_numpy(table).view(*self.shape, SUMS_COLUMNS)
+            table[:, column] = np.bincount(at, weights=values[here], minlength=len(table))
+        return torch.from_numpy(table).view(batch, capacity, SUMS_COLUMNS)
 
-
-def _inside_kept(lab: _Foreground, out_rows: Tensor, kept: Tensor) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
-    """At the voxels of the labels: the output instance, and whether it is kept."""
-    output = lab.take(out_rows)
-    return output, (output > 0) & (output <= kept.numpy()[lab.samples])
+    def gather(self, side: NDArray[np.int64], table: Tensor) -> NDArray[np.float64]:
+        """For each pair, its row of `table` (B, capacity, columns), zeros where it has none: (columns, pairs)."""
+        batch, capacity, columns = table.shape
+        padded = np.zeros((batch, capacity + 1, columns))
+        padded[:, 1:] = table.numpy()
+        gathered: NDArray[np.float64] = padded[self.sample, side].T
+        return gathered
 
 
 def sum_instances(
@@ -59,50 +84,43 @@ def sum_instances(
     pair_capacity: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Operator `sum_instances` (ops.py)."""
-    out = _Foreground(out_rows, out_capacity)
-    values = out.activated(a)
-    label = out.take(lab_rows)
-    on_label = torch.from_numpy(label > 0)
-    at_nothing = phi(quantity, values, 0.0)
-    excess = phi(quantity, values * values, 0.0).masked_fill(torch.from_numpy(out.take(y)), 0.0)
-    out_sums = out.table(
-        {
-            MASS: values,
-            INTERSECTION: values.masked_fill(~on_label, 0.0),
-            COST: torch.where(on_label, phi(quantity, values, 1.0), at_nothing),
-            EXCESS: excess if no_tp else at_nothing,
-            OVERLAP: on_label,
-        }
+    pairs = _Pairs(a, y, out_rows, lab_rows)
+    batch = a.shape[0]
+    inside, on_label = pairs.kept(kept), pairs.lab > 0
+    mass = pairs.sum(pairs.a)
+    at_nothing = pairs.sum(phi(quantity, pairs.a, 0.0))
+    at_label = pairs.sum(phi(quantity, pairs.a, 1.0))
+    if no_tp:
+        excess = pairs.sum(phi(quantity, pairs.a * pairs.a, 0.0).masked_fill(pairs.y, 0.0))
+        cost = at_label
+    else:
+        excess = at_nothing
+        cost = at_label - at_nothing
+    out_columns = {
+        MASS: mass,
+        INTERSECTION: np.where(on_label, mass, 0.0),
+        COST: np.where(on_label, at_label, at_nothing),
+        EXCESS: excess,
+        OVERLAP: np.where(on_label, pairs.sizes, 0),
+    }
+    lab_columns = {
+        MASS: mass,
+        INTERSECTION: np.where(inside, mass, 0.0),
+        COST: np.where(inside, cost, 0.0),
+        TOUCHED: np.where(pairs.out > 0, pairs.sizes, 0),
+        OVERLAP: np.where(inside, pairs.sizes, 0),
+    }
+    touching = torch.zeros((batch, pair_capacity), dtype=torch.int64)
+    met = inside & on_label & (pairs.sizes > 0)
+    for sample in range(batch):
+        mine = met & (pairs.sample == sample)
+        touching[sample, : np.count_nonzero(mine)] = torch.from_numpy(pairs.out[mine] << 32 | pairs.lab[mine])
+    return (
+        pairs.table(pairs.out, out_capacity, batch, out_columns),
+        pairs.table(pairs.lab, lab_capacity, batch, lab_columns),
+        _sample_sums(a, y, quantity),
+        touching,
     )
-    pairs = _pairs(out, label, kept, pair_capacity)
-
-    lab = _Foreground(lab_rows, lab_capacity)
-    values = lab.activated(a)
-    output, inside = _inside_kept(lab, out_rows, kept)
-    outside = torch.from_numpy(~inside)
-    cost = phi(quantity, values, 1.0) if no_tp else phi(quantity, values, 1.0) - phi(quantity, values, 0.0)
-    lab_sums = lab.table(
-        {
-            MASS: values,
-            INTERSECTION: values.masked_fill(outside, 0.0),
-            COST: cost.masked_fill(outside, 0.0),
-            TOUCHED: output > 0,
-            OVERLAP: inside,
-        }
-    )
-    return out_sums, lab_sums, _sample_sums(a, y, quantity), pairs
-
-
-def _pairs(out: _Foreground, label: NDArray[np.int32], kept: Tensor, capacity: int) -> Tensor:
-    """Each pair of a kept output and a label that share a voxel, once."""
-    meet = (label > 0) & (out.rows <= kept.numpy()[out.samples])
-    keys = out.rows[meet] << 32 | label[meet]
-    samples = out.samples[meet]
-    pairs = torch.zeros((len(kept), capacity), dtype=torch.int64)
-    for sample in range(len(kept)):
-        found = np.unique(keys[samples == sample])
-        pairs[sample, : len(found)] = torch.from_numpy(found)
-    return pairs
 
 
 def _sample_sums(a: Tensor, y: Tensor, quantity: int) -> Tensor:
@@ -135,30 +153,30 @@ def sum_instances_backward(
     dtype: torch.dtype,
 ) -> Tensor:
     """Operator `sum_instances_backward` (ops.py)."""
-    grad = torch.zeros(a.shape, dtype=dtype)
-    slopes = grad.numpy().reshape(-1)
-
-    out = _Foreground(out_rows, grad_out_sums.shape[1])
-    grads = torch.from_numpy(grad_out_sums.numpy().reshape(-1, SUMS_COLUMNS)[out.at])
-    values = out.activated(a)
-    on_label = torch.from_numpy(out.take(lab_rows) > 0)
-    at_nothing = phi_derivative(quantity, values, 0.0)
-    cost = torch.where(on_label, phi_derivative(quantity, values, 1.0), at_nothing)
-    squared = phi_derivative(quantity, values * values, 0.0) * values
-    excess = squared.masked_fill(torch.from_numpy(out.take(y)), 0.0) if no_tp else at_nothing
-    slope = grads[:, MASS] + on_label * grads[:, INTERSECTION] + grads[:, COST] * cost + grads[:, EXCESS] * excess
-    slopes[out.voxels] = slope.numpy()
-
-    lab = _Foreground(lab_rows, grad_lab_sums.shape[1])
-    grads = torch.from_numpy(grad_lab_sums.numpy().reshape(-1, SUMS_COLUMNS)[lab.at])
-    values = lab.activated(a)
-    _, inside = _inside_kept(lab, out_rows, kept)
-    cost = phi_derivative(quantity, values, 1.0)
+    pairs = _Pairs(a, y, out_rows, lab_rows)
+    inside, on_label = pairs.kept(kept), pairs.lab > 0
+    out = pairs.gather(pairs.out, grad_out_sums)
+    lab = pairs.gather(pairs.lab, grad_lab_sums)
+    # What each pair multiplies 1, phi'(a, 1), phi'(a, 0) and the derivative of the excess by.
+    cost = np.where(inside, lab[COST], 0.0)
+    constant = out[MASS] + lab[MASS] + np.where(on_label, out[INTERSECTION], 0.0)
+    constant += np.where(inside, lab[INTERSECTION], 0.0)
+    of_label = np.where(on_label, out[COST], 0.0) + cost
+    of_nothing = np.where(on_label, 0.0, out[COST])
     if not no_tp:
-        cost = cost - phi_derivative(quantity, values, 0.0)
-    matched = grads[:, INTERSECTION] + grads[:, COST] * cost
-    slope = grads[:, MASS] + matched.masked_fill(torch.from_numpy(~inside), 0.0)
-    slopes[lab.voxels] += slope.numpy()
+        of_nothing += out[EXCESS] - cost
+
+    if quantity == quantities.MASS:  # both derivatives are 1
+        slope = torch.from_numpy((constant + of_label + of_nothing)[pairs.of_voxel])
+    else:
+        slope = torch.from_numpy(constant[pairs.of_voxel])
+        slope += torch.from_numpy(of_label[pairs.of_voxel]) * phi_derivative(quantity, pairs.a, 1.0)
+        slope += torch.from_numpy(of_nothing[pairs.of_voxel]) * phi_derivative(quantity, pairs.a, 0.0)
+    if no_tp:
+        excess = phi_derivative(quantity, pairs.a * pairs.a, 0.0) * pairs.a
+        slope += torch.from_numpy(out[EXCESS][pairs.of_voxel]) * excess.masked_fill(pairs.y, 0.0)
+    grad = torch.zeros(a.shape, dtype=dtype)
+    grad.numpy().reshape(-1)[pairs.voxels] = slope.numpy()
 
     for sample, (on_intersection, on_cost, _) in enumerate(grad_sample_sums.tolist()):
         if on_intersection != 0.0 or on_cost != 0.0:
