@@ -25,11 +25,10 @@ FLUSHED_BYTES = 2**28
 Row = dict[str, Any]
 
 
-def use_all_cores() -> int:
-    """Give torch every core this process may use; returns how many."""
+def use_threads(threads: int | None = None) -> None:
+    """Let torch use so many threads, by default one for each core that this process may use."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    torch.set_num_threads(cores)
-    return cores
+    torch.set_num_threads(threads or cores)
 
 
 class Clock:

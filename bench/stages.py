@@ -259,7 +259,7 @@ def main(given: list[str] | None = None) -> None:
     if options.profile is not None and options.device != "cuda":
         sys.exit("--profile needs --device cuda.")
     device = torch.device(options.device)
-    measure.use_all_cores()
+    measure.use_threads()
     surroundings = measure.surroundings(device)
     rows = table(device, options.side, options.batch)
     show(rows)

@@ -39,5 +39,5 @@ def test_provider(benchmark, name):
         if SETUP.device.type == "cuda":
             torch.cuda.synchronize()
 
-    measure.use_all_cores()
+    measure.use_threads()
     benchmark.pedantic(synchronised, rounds=3, warmup_rounds=1)

@@ -257,9 +257,5 @@ def test_every_operator_on_a_small_volume():
     pytest.importorskip("triton")
     from . import gpu_small
 
-    different = {
-        name: detail
-        for name, detail in gpu_small.compare(CPU.device, "triton", ("defaults", "components given"), (1,))
-        if detail
-    }
-    assert not different
+    compared = dict(gpu_small.compare(CPU.device, "triton", ("defaults", "components given"), (1,)))
+    assert list(compared.values()) == [""] * 4

@@ -1,8 +1,9 @@
 """How work is cut into programs, and where a lane of a program lies in its volume.
 
-A kernel over voxels runs on a grid of (programs a sample, samples); a lane is one voxel, or one 2x2x2 cell, of one sample.
-A kernel over the rows of a table runs on a fixed number of programs a sample, each of which takes every so many-th row up
-to the number of instances, which only the device knows: rows that are not used cost nothing.
+A kernel over voxels runs on a grid of (programs a sample, samples), so at most 65535 samples; a lane is one voxel, or
+one 2x2x2 cell, of one sample. A kernel over the rows of a table runs on a fixed number of programs a sample, each of
+which takes every so many-th row up to the number of instances, which only the device knows: rows that are not used
+cost nothing.
 """
 
 import os
@@ -20,7 +21,8 @@ TABLE_PROGRAMS = 512
 
 def block_size(lanes: int, on_gpu: int) -> int:
     """Lanes of one program when a sample has `lanes` of them: `on_gpu`, except in the interpreter."""
-    return min(INTERPRETED_LANES, triton.next_power_of_2(max(lanes, 1))) if INTERPRETED else on_gpu
+    # (at least two: the interpreter of Triton 3.2 ignores the mask of a single lane)
+    return min(INTERPRETED_LANES, triton.next_power_of_2(max(lanes, 2))) if INTERPRETED else on_gpu
 
 
 def table_programs(rows: int) -> int:

@@ -1,14 +1,17 @@
 """Centre boxes: how output boxes and label boxes overlap, and the same as volumes.
 
-The centre of an instance is its mean coordinate, rounded up, in integers: c = (sum + size - 1) // size. With the offset o of an
-axis its box covers [c - o - 1, c + o), clipped to the volume. A voxel in several boxes belongs to the largest row.
+The centre of an instance is its mean coordinate, rounded up, in integers: c = (sum + size - 1) // size. With the
+offset o of an axis its box covers [c - o - 1, c + o), clipped to the volume. A voxel in several boxes belongs to the
+largest row.
 
-1. `_paint_boxes_kernel` raises each voxel of a box to the row of the instance (atomic_max), once for outputs, once for labels.
-2. `_count_boxes_kernel` walks over the same boxes and counts the voxels that still hold the row: outside and inside the
-   boxes of the other side.
+1. `_paint_boxes_kernel` raises each voxel of a box to the row of the instance (atomic_max), once for outputs, once
+   for labels.
+2. `_count_boxes_kernel` walks over the same boxes and counts the voxels that still hold the row: outside and inside
+   the boxes of the other side.
 
 A program takes one row after the other, up to the number of instances. Backward: none here; the terms use the counts.
-Deterministic: maxima and integers. Bytes a voxel: 4 zeroed for each map, besides which only voxels in boxes are touched.
+Deterministic: maxima and integers. Bytes a voxel: 4 zeroed for each map, besides which only voxels in boxes are
+touched.
 """
 
 import torch
@@ -119,7 +122,7 @@ def _paint(geometry: Tensor, counts: Tensor, shape: list[int], offsets: list[int
 def _count(
     geometry: Tensor, counts: Tensor, owner: Tensor, other: Tensor, shape: list[int], offsets: list[int]
 ) -> Tensor:
-    """For each row, the voxels it owns outside [0] and inside [1] the boxes of the other side, (B, capacity, 2) int64."""
+    """Voxels each row owns outside [0] and inside [1] the boxes of the other side, (B, capacity, 2) int64."""
     batch, capacity, _ = geometry.shape
     owned = torch.zeros((batch, capacity, 2), dtype=torch.int64, device=geometry.device)
     if owner.numel() > 0 and capacity > 0:

@@ -1,23 +1,26 @@
 """Connected components by union-find, and the instances they make.
 
-Two foreground voxels of one 2x2x2 cell always touch, so a cell is one *node*, called by the largest id (linear index + 1)
-of a foreground voxel in it. The output is the parent array itself: a voxel holds the id of its parent, 0 in the background.
+Two foreground voxels of one 2x2x2 cell always touch, so a cell is one *node*, called by the largest id (linear index
++ 1) of a foreground voxel in it. The output is the parent array itself: a voxel holds the id of its parent, 0 in the
+background.
 
-1. `_nodes_kernel`: every foreground voxel gets its node for a parent; one byte a cell says which of its voxels are foreground.
-2. `_merge_kernel`: each cell looks at its 13 forward neighbours. Two cells touch if both have foreground on the faces,
-   edges or corners that they share, which the two bytes tell. Then their sets are united.
+1. `_nodes_kernel`: every foreground voxel gets its node for a parent; one byte a cell says which of its voxels are
+   foreground.
+2. `_merge_kernel`: each cell looks at its 13 forward neighbours. Two cells touch if both have foreground on the
+   faces, edges or corners that they share, which the two bytes tell. Then their sets are united.
 3. `_flatten_kernel`: every voxel climbs to its root, which is the largest id in the component.
 
-Uniting, by all programs at once and without locks: of two nodes the lower one climbs, until they meet or it is a root `low`.
-Then `old = atomic_max(parent of low, high)` hangs it under the other node. If another program was faster, low had the parent
-`old` by then; it is our task now to unite old and high. A parent always has a larger id than its child, so no cycle can form
-and every step climbs: the loop ends. While climbing, a node is hung under its grandparent (path splitting; without it chains
-grow long). Such a store may undo another program's atomic_max, and a load may be stale, yet both only ever name an
-ancestor; it is the first parent a root gets that must last, and that one is decided by the value which the atomic returns.
+Uniting, by all programs at once and without locks: of two nodes the lower one climbs, until they meet or it is a root
+`low`. Then `old = atomic_max(parent of low, high)` hangs it under the other node. If another program was faster, low
+had the parent `old` by then; it is our task now to unite old and high. A parent always has a larger id than its
+child, so no cycle can form and every step climbs: the loop ends. While climbing, a node is hung under its grandparent
+(path splitting; without it chains grow long). Such a store may undo another program's atomic_max, and a load may be
+stale, yet both only ever name an ancestor; it is the first parent a root gets that must last, and that one is decided
+by the value which the atomic returns.
 
 Backward: none, ids are constants. Deterministic: the largest id of a component does not depend on who unites first.
-Bytes a voxel: 1 read and 4 written for the nodes, 1/8 written and about 2 read (14/8) for the cells, 4 read and 4 written
-to flatten, besides the climbing, which only foreground does.
+Bytes a voxel: 1 read and 4 written for the nodes, 1/8 written and about 2 read (14/8) for the cells, 4 read and 4
+written to flatten, besides the climbing, which only foreground does.
 """
 
 import torch
@@ -30,8 +33,8 @@ from .numbering import number
 from .propagation import propagate
 
 NODES_BLOCK = 128
-# One lane a thread: where a block has fewer lanes than threads, a value-returning atomic in a loop can repeat for ever; with
-# more lanes than threads the loop needs over 200 registers. One warp, so that no lane waits at a barrier for another warp.
+# One lane a thread: where a block has fewer lanes than threads, a value-returning atomic in a loop can repeat for ever;
+# with many more it takes over 200 registers. One warp, so that no lane waits at a barrier for another warp.
 MERGE_BLOCK, MERGE_WARPS = 32, 1
 FLATTEN_BLOCK = 256
 
@@ -45,7 +48,7 @@ def _cell_coordinates(cell, H, W):
 
 @triton.jit
 def _node(occupancy, z, y, x, H, W):
-    """Largest foreground id of the cell at (z, y, x): that of the highest bit, since bits are in the order of indices."""
+    """Largest foreground id of the cell at (z, y, x): that of its highest bit, as bits are in the order of ids."""
     in_z = (occupancy >= 16).to(tl.int32)
     occupancy = occupancy >> 4 * in_z
     in_y = (occupancy >= 4).to(tl.int32)
@@ -56,7 +59,7 @@ def _node(occupancy, z, y, x, H, W):
 
 @triton.jit
 def _facing(step_z, step_y, step_x):
-    """Bits of a cell that touch the neighbour cell at (step_z, step_y, step_x); a constant holds one byte for each step."""
+    """Bits of a cell that touch the neighbour at (step_z, step_y, step_x); a constant holds a byte for each step."""
     return (0xF0FF0F >> 8 * (step_z + 1)) & (0xCCFF33 >> 8 * (step_y + 1)) & (0xAAFF55 >> 8 * (step_x + 1)) & 0xFF
 
 
@@ -73,7 +76,7 @@ def _unite(parents_ptr, left, right, active):
         old = tl.atomic_max(parents_ptr + low, high, mask=at_root, sem="relaxed")
         left = tl.where(at_root, old, parent)
         right = high
-        active = active & ~(at_root & (old == low)) & (left != right)
+        active = active & ((parent != low) | (old != low)) & (left != right)
 
 
 @triton.jit
@@ -156,7 +159,7 @@ def _flatten_kernel(
 
 
 def launch_components(mask: Tensor, num_iterations: int) -> Tensor:
-    """Ids of the components of `mask` (B, D, H, W) bool; with `num_iterations` > 0, what that many rounds of pooling reach."""
+    """Ids of the components of `mask` (B, D, H, W) bool; with `num_iterations` > 0, of that many rounds of pooling."""
     if num_iterations > 0:
         return propagate(mask, num_iterations)
     ids = torch.empty(mask.shape, dtype=torch.int32, device=mask.device)
@@ -189,15 +192,15 @@ def launch_find_instances(
 
 
 def launch_number_instances(ids: Tensor, min_size: int, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Row map, counts and geometry of the sets of equal positive `ids` (B, D, H, W) int64 with more than `min_size` voxels."""
+    """Row map, counts and geometry of the sets of equal `ids` (B, D, H, W) int64 with more than `min_size` voxels."""
     if ids.numel() == 0:
         return number(ids.to(torch.int32), min_size, capacity)
     # Any 63-bit id becomes its rank among the ids of its sample, which keeps their order and fits a table by voxel.
     values, order = ids.flatten(1).sort(dim=1)
     new = values > 0
-    new[:, 1:] &= values[:, 1:] != values[:, :-1]
-    # One flat cumsum: along the last axis of a few long rows, torch's runs on a few threads. Earlier samples only add to
-    # the ranks of later ones, and are taken off again.
+    new[:, 1:].logical_and_(values[:, 1:] != values[:, :-1])
+    # One flat cumsum: along the last axis of a few long rows, torch's runs on a few threads. What earlier samples add
+    # to the ranks is taken off again.
     ranks = new.flatten().cumsum(0, dtype=torch.int32).view(new.shape)
     ranks = torch.where(values > 0, ranks - ranks[:, :1] + new[:, :1], 0)
     return number(ranks.new_empty(ranks.shape).scatter_(1, order, ranks).view(ids.shape), min_size, capacity)

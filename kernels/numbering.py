@@ -3,13 +3,14 @@
 1. `_tally_kernel`: how many voxels each id has, in a table by id (an id is at most the number of voxels). Without a
    smallest size it is enough to know that there is one, a plain store.
 2. A running count of the tallies that are large enough (`torch.cumsum`) gives each id its row.
-3. `_geometry_kernel`: each voxel looks its row up, and the block adds up size, coordinates and bounds of the instances in it.
+3. `_geometry_kernel`: each voxel looks its row up, and the block adds up size, coordinates and bounds of the
+   instances in it.
 
-A large instance is one address, on which atomics of single voxels would queue. So a block first adds up by itself: while
-lanes remain, take the largest key, reduce its lanes, send one scalar atomic for each number, drop those lanes.
+A large instance is one address, on which atomics of single voxels would queue. So a block first adds up by itself:
+while lanes remain, take the largest key, reduce its lanes, send one scalar atomic for each number, drop those lanes.
 
-Backward: none. Deterministic: integers only. Bytes a voxel: 4 + 4 read and 4 written besides the table by id, which is
-4 zeroed, 4 + 4 counted, and is looked up by foreground only.
+Backward: none. Deterministic: integers only. Bytes a voxel: 4 + 4 read and 4 written besides the table by id, which
+is 4 zeroed, 4 + 4 counted, and is looked up by foreground only.
 """
 
 import torch
@@ -110,8 +111,8 @@ def number(ids: Tensor, min_size: int, capacity: int) -> tuple[Tensor, Tensor, T
     num_voxels = depth * height * width
     rows = torch.empty_like(ids)
     geometry = torch.zeros((batch, capacity, ops.GEOMETRY_COLUMNS), dtype=torch.int64, device=ids.device)
-    geometry[..., ops.LOWS] = 2**31 - 1
-    geometry[..., ops.HIGHS] = -1
+    geometry[..., ops.LOWS].fill_(2**31 - 1)
+    geometry[..., ops.HIGHS].fill_(-1)
     if ids.numel() == 0:
         return rows, torch.zeros(batch, dtype=torch.int32, device=ids.device), geometry
     block = block_size(num_voxels, REDUCE_BLOCK)

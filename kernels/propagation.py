@@ -1,13 +1,13 @@
 """Bounded labelling: what k rounds of masked 3x3x3 max-pooling make of the ids.
 
-At first each foreground voxel holds its own id, its linear index + 1. A round gives every foreground voxel the largest id among
-itself and its 26 neighbours; the background stays 0. So after k rounds a voxel holds the largest id within k steps inside
-the mask. Each round is one launch, from one buffer into the other. A round that changes something raises the flag of the next
-one; a launch whose flag is down returns at once, and both buffers hold the result by then, so no count of rounds has to
-come back to Python.
+At first each foreground voxel holds its own id, its linear index + 1. A round gives every foreground voxel the
+largest id among itself and its 26 neighbours; the background stays 0. So after k rounds a voxel holds the largest id
+within k steps inside the mask. Each round is one launch, from one buffer into the other. A round that changes
+something raises the flag of the next one; a launch whose flag is down returns at once, and both buffers hold the
+result by then, so no count of rounds has to come back to Python.
 
-Backward: none, ids are constants. Deterministic: rounds are maxima, and a flag is only ever raised.
-Bytes a voxel and round: 4 read (27 loads, of which 26 come from cache; background voxels load only themselves), 4 written.
+Backward: none, ids are constants. Deterministic: rounds are maxima, and a flag is only ever raised. Bytes a voxel and
+round: 4 read (27 loads, of which 26 come from cache; background voxels load only themselves), 4 written.
 """
 
 import torch
@@ -59,7 +59,7 @@ def propagate(mask: Tensor, rounds: int) -> Tensor:
     target = torch.empty_like(source)
     rounds = min(rounds, num_voxels)  # no path inside the mask is longer
     flags = torch.zeros(rounds + 1, dtype=torch.int32, device=mask.device)
-    flags[:1] = 1
+    flags[:1].fill_(1)
     block = block_size(num_voxels, ROUND_BLOCK)
     grid = (triton.cdiv(num_voxels, block), batch)
     for i in range(rounds):

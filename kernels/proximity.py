@@ -1,16 +1,17 @@
 """The nearest neighbour of each instance on the other side, by the distance-IoU (DIoU) of extended boxes.
 
-Along an axis with inclusive bounds [low, high] and extent e = max(high - low, 1) the box is [max(low - e - 1, 0), min(high + e, dim))
-and its centre low' + ceil((high' - low') / 2). With |.| volumes, d the distance of the centres, diag the diagonal of the
-smallest box around both,
+Along an axis with inclusive bounds [low, high] and extent e = max(high - low, 1) the box is [max(low - e - 1, 0),
+min(high + e, dim)) and its centre low' + ceil((high' - low') / 2). With |.| volumes, d the distance of the centres,
+diag the diagonal of the smallest box around both,
 
     DIoU = 1 - |A n B| / |A u B| + d^2 / (diag^2 + 1e-7).
 
-A side without instances is one box [q - 1, q + 1), q = dim // 2, in the middle. A program takes one row of a side after the
-other and goes over the rows of the other side in blocks, up to the counts, which only the device knows. DIoU is symmetric to
-the last bit as computed here, so one kernel serves both sides.
+A side without instances is one box [q - 1, q + 1), q = dim // 2, in the middle. A program takes one row of a side
+after the other and goes over the rows of the other side in blocks, up to the counts, which only the device knows.
+DIoU is symmetric to the last bit as computed here, so one kernel serves both sides.
 
-Backward: none, DIoU is a constant. Deterministic: minima. Bytes a voxel: none; 48 for each row and each row it is compared with.
+Backward: none, DIoU is a constant. Deterministic: minima. Bytes a voxel: none; 48 for each row and each row it is
+compared with.
 """
 
 import torch
@@ -109,7 +110,7 @@ def _smallest_diou(
 def launch_proximity_minima(
     out_geometry: Tensor, lab_geometry: Tensor, kept: Tensor, num_labels: Tensor, shape: list[int], planar: bool
 ) -> tuple[Tensor, Tensor]:
-    """Smallest DIoU of each kept output to a label, and of each label to a kept output; `planar` ignores the first axis."""
+    """Smallest DIoU of each kept output to a label, and of each label to one; `planar` ignores the first axis."""
     return (
         _smallest_diou(out_geometry, lab_geometry, kept, num_labels, shape, planar),
         _smallest_diou(lab_geometry, out_geometry, num_labels, kept, shape, planar),

@@ -1,16 +1,17 @@
 """Sums of the activated output over instances, the pairs that touch, and the gradient of the sums.
 
-At a voxel: a the activated output, y its label, o and l the rows of its output and label instance (0 = none), inside =
-(1 <= o <= kept), phi(a, w) the quantity of the criterion. Then (columns as in ops.py)
+At a voxel: a the activated output, y its label, o and l the rows of its output and label instance (0 = none), inside
+= (1 <= o <= kept), phi(a, w) the quantity of the criterion. Then (columns as in ops.py)
 
     output o:  MASS a     INTERSECTION a [l > 0]     COST phi(a, [l > 0])     EXCESS e     OVERLAP [l > 0]
     label l:   MASS a     INTERSECTION a [inside]    COST c [inside]          TOUCHED [o > 0]   OVERLAP [inside]
     sample:    a y, phi(a, y), y
 
-with e = phi(a s, 0) [y = 0], s = a held constant, c = phi(a, 1); without no_tp e = phi(a, 0), c = phi(a, 1) - phi(a, 0).
-All voxels of a block with the same pair (o, l) go the same way, so the block adds up by pairs: while lanes remain, take the
-largest pair, reduce a, phi(a, 0), phi(a, 1) and e over its lanes, send scalar atomics to both rows, drop those lanes. If the
-pair touches, it goes into a hash table of one sample (linear probing; a slot is taken by compare-and-swap, never freed).
+with e = phi(a s, 0) [y = 0], s = a held constant, c = phi(a, 1); without no_tp e = phi(a, 0), c = phi(a, 1) - phi(a,
+0). All voxels of a block with the same pair (o, l) go the same way, so the block adds up by pairs: while lanes
+remain, take the largest pair, reduce a, phi(a, 0), phi(a, 1) and e over its lanes, send scalar atomics to both rows,
+drop those lanes. If the pair touches, it goes into a hash table of one sample (linear probing; a slot is taken by
+compare-and-swap, never freed).
 
 Backward, G the gradients of the tables, phi' the derivative in a:
 
@@ -19,9 +20,10 @@ Backward, G the gradients of the tables, phi' the derivative in a:
 
 with e' = phi'(a a, 0) a [y = 0], c' = phi'(a, 1); without no_tp e' = phi'(a, 0), c' = phi'(a, 1) - phi'(a, 0).
 
-phi is computed in the precision of a (float32 for a hard a) and added in float64. Deterministic where the values are integers,
-as for a hard a; otherwise atomics add in any order, which shows in the last bits of a float64. The backward is deterministic;
-the order of the pairs is not. Bytes a voxel: forward 9 + the size of a, read once; backward the same and one gradient written.
+phi is computed in the precision of a (float32 for a hard a) and added in float64. Deterministic where the values are
+integers, as for a hard a; otherwise atomics add in any order, which shows in the last bits of a float64. The backward
+is deterministic; the order of the pairs is not. Bytes a voxel: forward 9 + the size of a, read once; backward the
+same and one gradient written.
 """
 
 import torch
@@ -42,10 +44,11 @@ COLUMNS: tl.constexpr = tl.constexpr(ops.SUMS_COLUMNS)
 SAMPLE_COLUMNS: tl.constexpr = tl.constexpr(ops.SAMPLE_COLUMNS)
 # One warp, for two reasons: it reduces without barriers, and all its threads see one slot of the hash table alike.
 SUMS_BLOCK, SUMS_WARPS = 256, 1
+THREADS: tl.constexpr = tl.constexpr(32 * SUMS_WARPS)
 GRADIENT_BLOCK = 512
 PAIRS_BLOCK = 256
-# Odd multipliers with well spread bits (from the golden ratio and from MurmurHash3); below 2^32, so that a product with a
-# row stays below 2^63. The low bits of a product are the worst mixed.
+# Odd multipliers with well spread bits (from the golden ratio and from MurmurHash3), below 2^32, so that a product with
+# a row stays below 2^63. The low bits of a product are the worst mixed.
 OUT_FACTOR: tl.constexpr = tl.constexpr(0x9E3779B1)
 LAB_FACTOR: tl.constexpr = tl.constexpr(0x85EBCA6B)
 HASH_SHIFT: tl.constexpr = tl.constexpr(15)
@@ -103,16 +106,18 @@ def _times(grad, slope, here):
 
 @triton.jit
 def _insert_pair(pairs_ptr, out, lab, slots):
-    """Put the pair of rows into the hash table of `slots` (a power of two), if it is not there and not everything is full."""
+    """Put a pair of rows into the hash table of `slots` (a power of two), unless it is there or the table is full."""
     key = (out << 32) | lab
     slot = (((out * OUT_FACTOR) ^ (lab * LAB_FACTOR)) >> HASH_SHIFT) & (slots - 1)
+    empty = tl.zeros((THREADS,), tl.int64)
     probes = 0
     while probes < slots:
         found = tl.load(pairs_ptr + slot)
         if found == 0:
-            found = tl.atomic_cas(pairs_ptr + slot, key ^ key, key, sem="relaxed")
-        ours = (found == 0) | (found == key)
-        probes = tl.where(ours, slots, probes + 1)
+            # All threads try to take the slot: Triton up to 3.4 can't assemble a scalar compare-and-swap of 64 bits.
+            # If one of them did, the next ones found the key there.
+            found = tl.max(tl.atomic_cas(pairs_ptr + slot + empty, empty, empty + key, sem="relaxed"), axis=0)
+        probes = tl.where(found == key, slots, probes + 1)
         slot = (slot + 1) & (slots - 1)
 
 

@@ -23,7 +23,7 @@ def unwrap(value: Tensor) -> Tensor:
     """A plain tensor on the same storage, gradients intact; types with a dispatch of their own stay as they are."""
     if type(value) is Tensor or type(value).__torch_dispatch__ is not Tensor.__torch_dispatch__:
         return value
-    return value.as_subclass(Tensor)  # type: ignore[no-any-return]
+    return value.as_subclass(Tensor)
 
 
 def widen(value: Tensor) -> Tensor:

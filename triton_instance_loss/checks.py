@@ -10,6 +10,7 @@ from torch import Tensor
 
 DEBUG_VARIABLE = "TRITON_INSTANCE_LOSS_DEBUG"
 MAX_VOXELS = 2**31 - 1
+MAX_SAMPLES = 2**15 - 1  # outputs and labels are labelled together, and a CUDA grid has 65535 places for samples
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -73,7 +74,7 @@ def tensor(name: str, value: Any) -> None:
 
 
 def volume(name: str, value: Tensor, spatial_dims: int) -> None:
-    """`value` must be (B, N, *spatial) with `spatial_dims` axes, not empty, at most 2^31 - 1 voxels a sample."""
+    """`value` must be (B, N, *spatial) with `spatial_dims` axes, not empty, and no larger than can be counted."""
     axes = "(B, N, H, W)" if spatial_dims == 2 else "(B, N, H, W, D)"
     if value.ndim != spatial_dims + 2:
         raise ValueError(
@@ -82,6 +83,8 @@ def volume(name: str, value: Tensor, spatial_dims: int) -> None:
         )
     if any(size == 0 for size in value.shape):
         raise ValueError(f"{name} must have at least one element along every axis {axes}, got {tuple(value.shape)}.")
+    if value.shape[0] > MAX_SAMPLES:
+        raise ValueError(f"{name} must have at most {MAX_SAMPLES} samples, got {value.shape[0]}.")
     voxels = math.prod(value.shape[2:])
     if voxels > MAX_VOXELS:
         raise ValueError(f"{name} must have at most 2^31 - 1 voxels a sample, got {voxels} of {tuple(value.shape)}.")

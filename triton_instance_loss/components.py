@@ -1,5 +1,7 @@
 """Public labelling: `connected_components`."""
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,18 @@ def capacity_bound(shape: torch.Size, num_iterations: int | None) -> int:
     if num_iterations is not None:
         return depth * height * width
     return -(-depth // 2) * -(-height // 2) * -(-width // 2)
+
+
+@overload
+def connected_components(
+    mask: Tensor, num_iterations: int | None = None, *, relabel: Literal[False] = False
+) -> Tensor: ...
+
+
+@overload
+def connected_components(
+    mask: Tensor, num_iterations: int | None = None, *, relabel: Literal[True]
+) -> tuple[Tensor, Tensor]: ...
 
 
 def connected_components(
@@ -62,7 +76,8 @@ def connected_components(
     checks.flag("relabel", relabel)
     volume = to_volume(unwrap(mask).detach()) != 0
     if not relabel:
-        return ops.components(volume, num_iterations or 0).view(mask.shape)
+        ids: Tensor = ops.components(volume, num_iterations or 0)
+        return ids.view(mask.shape)
     bound = capacity_bound(volume.shape, num_iterations)
     numbers, counts, _ = ops.find_instances(volume, num_iterations or 0, 0, rows_of_tables(volume, bound))
     return numbers.view(mask.shape), counts

@@ -122,7 +122,8 @@ class DiceLoss(torch.nn.Module):
         axes = tuple(range(2, outputs.ndim))
         labels = labels.to(outputs.dtype)
         overlap = (outputs * labels).sum(axes)
-        return 1.0 - torch.mean((2.0 * overlap + self.smooth) / (outputs.sum(axes) + labels.sum(axes) + self.smooth))
+        scores: Tensor = (2.0 * overlap + self.smooth) / (outputs.sum(axes) + labels.sum(axes) + self.smooth)
+        return 1.0 - scores.mean()
 
 
 DICE = DiceLoss()
@@ -166,7 +167,8 @@ def _fuse_monai_tversky(loss: Any) -> FusedCriterion | None:
         false_positive = loss.alpha * (sums.prediction - sums.intersection)
         false_negative = loss.beta * (sums.label - sums.intersection)
         total = sums.intersection + false_positive + false_negative
-        return 1.0 - (sums.intersection + loss.smooth_nr) / (total + loss.smooth_dr)
+        score: Tensor = (sums.intersection + loss.smooth_nr) / (total + loss.smooth_dr)
+        return 1.0 - score
 
     return FusedCriterion("mass", value) if _plain(loss) else None
 

@@ -65,11 +65,10 @@ def evaluate_terms(
 
 def _pixel(outputs: Tensor, labels: Tensor, criterion: Criterion | None, activated: Any, options: Options) -> Tensor:
     """The pixel term: on the raw tensors; with "softmax" on the activated output; by default Dice on probabilities."""
-    if labels.dtype == torch.bool or not labels.is_floating_point():
-        labels = labels.to(outputs.dtype)
+    labels = labels.to(outputs.dtype)
     if criterion is None:
         probabilities = activated.probabilities
-        return DICE(probabilities[:, None], activated.y[:, None])
+        return DICE.forward(probabilities[:, None], activated.y[:, None])
     if options.activation == "softmax":
         hard = terms.straight_through(activated.a.to(outputs.dtype), activated.probabilities, options)
         outputs, labels = hard.view(labels.shape[0], 1, *labels.shape[2:]), select(labels, options)

@@ -97,7 +97,7 @@ class Found:
     def sums(self, quantity: int, options: Options) -> "SumTables":
         """Sum `quantity` and what the terms need over each instance."""
         activated = self.activated
-        out, lab, sample, pairs = _SumInstances.apply(
+        out, lab, sample, pairs = _SumInstances.apply(  # type: ignore[no-untyped-call]
             activated.probabilities,
             activated.a,
             activated.y,
@@ -154,7 +154,7 @@ def find(activated: Activated, cc_label_batch: Tensor | None, options: Options) 
             ids, options.min_instance_size, rows_of_tables(ids, lab_bound)
         )
 
-    too_many = (num_labels > 0) & (num_outputs > num_labels * options.mul_too_many)
+    too_many = (num_labels > 0) & (num_outputs > num_labels.double() * options.mul_too_many)
     kept = num_outputs.clamp(max=options.max_cc_out) if options.max_cc_out else num_outputs
     kept = torch.where(too_many, 0, kept).int()
     # A voxel makes at most one pair, and whole components at most one a 2x2x2 block. The table is a hash set: it is

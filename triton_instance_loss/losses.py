@@ -194,10 +194,12 @@ class InstanceLoss(_Family):
         num_iterations: None finds whole components; k cuts them as k rounds of max-pooling do (published: 350).
         segmentation_threshold: outputs of at least this are foreground; 0 or less: outputs equal to 1. At most 1
             unless `activation="none"`.
-        max_cc_out: output instances used individually, in id order; 0 = all.
+        max_cc_out: output instances used individually, in id order; 0 = all. Those beyond it count as false, and a
+            label that only they touch as missed.
         mul_too_many: with more than this many outputs a label, no output is used individually.
         min_instance_size: components of so many voxels or fewer are background.
-        centroid_offset: half the side of the centre boxes, in voxels of the longest axis.
+        centroid_offset: half the side of the centre boxes, in voxels of the longest axis. A box is [c - o - 1, c + o)
+            around its centre c, as published: half a voxel low.
         smoother: keeps divisions from zero, above 0.
         instance_wise_loss_no_tp: leave out of a label's value what its outputs cover of other labels.
         rate_instead_number: give false and missed instances as rates.

@@ -3,10 +3,12 @@
 A volume is (B, D, H, W) and contiguous; an image comes as a volume with D = 1. `V = D * H * W`.
 A *row map* holds at each voxel the number of its instance, 1..n in id order, or 0; row r of a table is instance r + 1.
 Tables have a fixed number of rows, `capacity`, so that no shape depends on data and Python never reads a count.
-CPU tensors go to `cpu/`, CUDA tensors to `kernels/`, which have the same rooms. The environment variable `TRITON_INSTANCE_LOSS_BACKEND`
-(`cpu` or `triton`), read at each call, overrides that. This module imports neither Triton nor SciPy.
+CPU tensors go to `cpu/`, CUDA tensors to `kernels/`, which have the same rooms. The environment variable
+`TRITON_INSTANCE_LOSS_BACKEND` (`cpu` or `triton`), read at each call, overrides that. This module imports neither
+Triton nor SciPy.
 """
 
+import functools
 import importlib
 import importlib.util
 import os
@@ -69,6 +71,11 @@ _SCHEMAS = {
 }
 
 
+@functools.cache
+def _triton_is_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
 def backend(tensor: Tensor) -> str:
     """Name of the backend that answers for `tensor`: "cpu" or "triton".
 
@@ -86,7 +93,7 @@ def backend(tensor: Tensor) -> str:
     if chosen == "cpu" and device == "cuda":
         raise ValueError(f"{BACKEND_VARIABLE}='cpu' works on CPU tensors only, got a tensor on {tensor.device}.")
     if chosen == "triton":
-        if importlib.util.find_spec("triton") is None:
+        if not _triton_is_installed():
             raise RuntimeError(
                 f"Tensors on {tensor.device} need the package 'triton', which is not installed: `pip install triton` "
                 "(Linux), or move the tensors to the CPU."

@@ -82,11 +82,10 @@ def _used(
 ) -> Tensor:
     """The criterion in the first `counts` rows; other rows see ones, so that no formula divides by their zeros."""
     used = first_rows(counts, label.shape[1])
-    columns = (torch.where(used, column, 1.0) for column in (intersection, prediction, label))
-    return torch.where(used, form.value(Sums(*columns, voxels)), 0.0)
+    intersection, prediction, label = (torch.where(used, x, 1.0) for x in (intersection, prediction, label))
+    return torch.where(used, form.value(Sums(intersection, prediction, label, voxels)), 0.0)
 
 
-@torch.compiler.disable
 def _slow_values(found: Found, criterion: Callable[..., Any], options: Options) -> tuple[Tensor, Tensor, Tensor]:
     """The same values for any criterion, from one pair of full volumes an instance. Reads counts: synchronises."""
     activated = found.activated
@@ -157,7 +156,7 @@ def missed_instances(found: Found, sums: SumTables, options: Options) -> Tensor:
 def _count_or_rate(count: Tensor, carrier: Tensor, total: Tensor, options: Options) -> Tensor:
     value = straight_through(count.double(), carrier, options)
     if options.rate_instead_number:
-        value = value / (total + options.smoother)
+        value = value / (total.double() + options.smoother)
     return value.mean()
 
 

@@ -52,10 +52,10 @@ def center_overlaps(
         label_boxes, label = _paint_centers(lab_geometry[sample], int(num_labels[sample]), shape, offsets)
         for row, box in enumerate(boxes):
             mine = owner[box] == row + 1
-            inside = np.count_nonzero(mine & (label[box] > 0))
-            owned[sample, row, 0] = np.count_nonzero(mine) - inside
+            inside = int(np.count_nonzero(mine & (label[box] > 0)))
+            owned[sample, row, 0] = int(np.count_nonzero(mine)) - inside
             owned[sample, row, 1] = inside
         for row, box in enumerate(label_boxes):
             # A voxel under several label boxes counts in the one painted last.
-            alone[sample] += np.count_nonzero((label[box] == row + 1) & (owner[box] == 0))
+            alone[sample] += int(np.count_nonzero((label[box] == row + 1) & (owner[box] == 0)))
     return owned, alone

@@ -113,7 +113,7 @@ def _sample_sums(a: Tensor, y: Tensor, quantity: int) -> Tensor:
         on_label = torch.from_numpy(values.numpy()[labelled]).double()
         if a.dtype == torch.bool:
             one = torch.ones((), dtype=torch.float64)
-            cost = np.count_nonzero(values.numpy()) * phi(quantity, one, 0.0)
+            cost = int(np.count_nonzero(values.numpy())) * phi(quantity, one, 0.0)
         else:
             cost = phi(quantity, values, 0.0).sum(dtype=torch.float64)
         cost = cost + (phi(quantity, on_label, 1.0) - phi(quantity, on_label, 0.0)).sum()

@@ -1,0 +1,156 @@
+"""Which losses have a fused form, that it equals the loss, the slow way, and registering a form."""
+
+import warnings
+
+import pytest
+import torch
+from monai.losses import DiceCELoss, DiceLoss, GeneralizedDiceLoss, TverskyLoss
+
+from triton_instance_loss import InstanceLoss, criteria
+from triton_instance_loss.criteria import FusedCriterion, fused_form, register_criterion
+from triton_instance_loss.functional import instance_segmentation_loss
+
+FUSED = [
+    criteria.DiceLoss(),
+    DiceLoss(),
+    DiceLoss(jaccard=True),
+    DiceLoss(squared_pred=True),
+    DiceLoss(squared_pred=True, jaccard=True, smooth_nr=0.1, smooth_dr=0.2),
+    DiceLoss(smooth_nr=0, smooth_dr=1e-3, batch=True),
+    TverskyLoss(alpha=0.3, beta=0.7),
+    torch.nn.MSELoss(),
+    torch.nn.MSELoss(reduction="sum"),
+    torch.nn.L1Loss(),
+    torch.nn.BCELoss(),
+]
+SLOW = [
+    DiceLoss(reduction="sum"),
+    DiceLoss(weight=2.0),
+    DiceLoss(sigmoid=True),
+    DiceLoss(softmax=True),
+    DiceLoss(to_onehot_y=True),
+    DiceLoss(include_background=False),
+    DiceLoss(other_act=torch.tanh),
+    DiceLoss(soft_label=True),
+    DiceLoss(ignore_index=2),
+    TverskyLoss(soft_label=True),
+    torch.nn.BCELoss(weight=torch.ones(1)),
+    GeneralizedDiceLoss(),
+    DiceCELoss(sigmoid=True),
+    torch.nn.HuberLoss(),
+    lambda u, w: ((u - w) ** 4).mean(),
+]
+
+
+def name(loss):
+    return type(loss).__name__ if isinstance(loss, torch.nn.Module) else "function"
+
+
+def batch(device, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    outputs = 0.05 + 0.9 * torch.rand(2, 1, 6, 7, 5, generator=generator, dtype=torch.float64)
+    labels = (torch.rand(2, 1, 6, 7, 5, generator=generator) > 0.8).double()
+    return outputs.to(device).requires_grad_(), labels.to(device)
+
+
+class Unrecognised(torch.nn.Module):
+    """A loss of a type that has no fused form."""
+
+    def __init__(self, loss):
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, u, w):
+        return self.loss(u, w)
+
+
+@pytest.mark.parametrize("no_tp", [True, False])
+@pytest.mark.parametrize("loss", FUSED, ids=name)
+def test_fused_equals_slow(backend, loss, no_tp):
+    outputs, labels = batch(backend)
+    results = []
+    for criterion in (loss, Unrecognised(loss)):
+        center = None if isinstance(loss, torch.nn.BCELoss) else criterion
+        options = {"activation": "none", "segmentation_threshold": 0.8, "instance_wise_loss_no_tp": no_tp}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*no fused form.*")
+            terms = InstanceLoss(None, criterion, center, **options)(outputs, labels)
+        results.append((torch.stack(terms), *torch.autograd.grad(sum(terms), outputs)))
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("loss", SLOW, ids=name)
+@pytest.mark.filterwarnings("ignore:single channel prediction")
+def test_other_options_go_the_slow_way_with_one_warning(loss):
+    assert fused_form(loss) is None
+    with pytest.warns(UserWarning, match=r"has no fused form.*register_criterion") as caught:
+        family = InstanceLoss(None, loss)
+    assert len(caught) == 1
+    assert type(loss).__name__ in str(caught[0].message) or "<lambda>" in str(caught[0].message)
+    assert caught[0].filename == __file__
+    outputs, labels = batch("cpu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", "single channel prediction")
+        terms = family(outputs, labels)
+    assert all(torch.isfinite(value) for value in terms)
+
+
+def test_functional_warns_at_the_caller():
+    outputs, labels = batch("cpu")
+    with pytest.warns(UserWarning, match="criterion: HuberLoss") as caught:
+        instance_segmentation_loss(outputs, labels, criterion=torch.nn.HuberLoss())
+    assert caught[0].filename == __file__
+
+
+def test_empty_side_and_zero_smoothing_stay_finite(backend):
+    """A formula that divides by sums sees no zeros of unused rows, in value and gradient."""
+    outputs, labels = batch(backend)
+    terms = InstanceLoss(None, DiceLoss(smooth_nr=0, smooth_dr=0), activation="none")(outputs, labels)
+    (grad,) = torch.autograd.grad(terms.instance_label + terms.instance_output + terms.proximity, outputs)
+    assert torch.isfinite(grad).all()
+
+
+class RelativeError(torch.nn.Module):
+    """sum |u - w| / (1 + sum w)."""
+
+    def forward(self, u, w):
+        return (u - w).abs().sum() / (1 + w.sum())
+
+
+def test_registering_a_form(backend):
+    outputs, labels = batch(backend)
+    with pytest.warns(UserWarning, match="RelativeError"):
+        slow = InstanceLoss(None, RelativeError(), RelativeError())(outputs, labels)
+    register_criterion(
+        RelativeError,
+        lambda loss: FusedCriterion("absolute_error", lambda sums: sums.prediction / (1 + sums.label)),
+    )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            fused = InstanceLoss(None, RelativeError(), RelativeError())(outputs, labels)
+    finally:
+        criteria._FORMS.clear()
+        criteria._FORMS.update(FORMS)
+    torch.testing.assert_close(torch.stack(fused), torch.stack(slow))
+
+
+FORMS = dict(criteria._FORMS)
+
+
+def test_subclasses_are_not_taken_for_their_parents():
+    class Other(DiceLoss):
+        pass
+
+    assert fused_form(Other()) is None
+
+
+def test_bad_registrations():
+    with pytest.raises(ValueError, match=r"quantity must be one of 'mass', .*, got 'entropy'"):
+        FusedCriterion("entropy", lambda sums: sums.label)
+    with pytest.raises(TypeError, match="fuse must be a callable"):
+        register_criterion(RelativeError, None)
+    with pytest.raises(TypeError, match=r"loss_type must be a class or its 'module.qualified_name', got 3"):
+        register_criterion(3, lambda loss: None)

@@ -1,0 +1,172 @@
+"""What PyTorch asks of operators: schemas, fakes, compilation without graph breaks, no look at the data on the way."""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from triton_instance_loss import InstanceLoss, WeightedSum, checks, connected_components, ops
+
+# Operators whose result Python reads, or whose shape depends on data: on CUDA each of them waits for the device.
+SYNCHRONISING = {
+    "_local_scalar_dense",
+    "nonzero",
+    "masked_select",
+    "_unique2",
+    "unique_dim",
+    "unique_consecutive",
+    "is_nonzero",
+    "equal",
+    "repeat_interleave",
+}
+
+
+class NoSynchronisation(TorchDispatchMode):
+    """Raise where the host would have to wait for the device."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        """Refuse operators that read data; let the others run."""
+        name = func.overloadpacket.__name__
+        if func.namespace == "triton_instance_loss":
+            with self:  # what the launchers do counts too
+                return ops._dispatch(name)(*args)
+        if name in SYNCHRONISING:
+            raise AssertionError(f"{name} reads data")
+        indices = args[1] if name in ("index", "index_put", "index_put_") else ()
+        if any(index is not None and index.dtype == torch.bool for index in indices):
+            raise AssertionError(f"{name} with a boolean index reads data")
+        return func(*args, **(kwargs or {}))
+
+
+def batch(device="cpu", seed=0, shape=(6, 7, 5), activation="sigmoid"):
+    generator = torch.Generator().manual_seed(seed)
+    outputs = torch.randn(2, 1, *shape, generator=generator)
+    outputs = outputs.sigmoid() if activation == "none" else outputs
+    labels = (torch.rand(2, 1, *shape, generator=generator) > 0.85).float()
+    return outputs.to(device).requires_grad_(), labels.to(device)
+
+
+def test_the_mode_sees_synchronisation():
+    with NoSynchronisation():
+        for read in (lambda x: x.item(), lambda x: x[x > 0], torch.unique, lambda x: bool(x > 0)):
+            with pytest.raises(AssertionError, match="reads data"):
+                read(torch.ones(()) if read is not torch.unique else torch.ones(2))
+
+
+@pytest.fixture
+def kernels_alone(monkeypatch):
+    """The Triton backend as on CUDA, where what the interpreter itself reads of the data does not count."""
+    from triton.runtime import interpreter
+
+    run = interpreter.GridExecutor.__call__
+
+    def outside(executor, *args, **kwargs):
+        with torch.utils._python_dispatch._disable_current_modes():
+            return run(executor, *args, **kwargs)
+
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", outside)
+    monkeypatch.setattr(checks, "debugging", lambda value: False)
+    monkeypatch.setenv("TRITON_INSTANCE_LOSS_BACKEND", "triton")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on CUDA, test_cuda.py asks the driver instead")
+@pytest.mark.parametrize(
+    "options", [{}, {"max_cc_out": 0}, {"activation": "none"}, {"num_iterations": 2}, {"ids": True}]
+)
+def test_kernels_way_never_synchronises(kernels_alone, options):
+    options = dict(options)
+    given = options.pop("ids", False)
+    outputs, labels = batch(activation=options.get("activation", "sigmoid"))
+    ids = connected_components(labels) if given else None
+    with NoSynchronisation():
+        terms = InstanceLoss(**options)(outputs, labels, ids)
+        torch.stack(terms).sum().backward()
+        connected_components(labels, relabel=True)
+    assert torch.isfinite(outputs.grad).all()
+
+
+@pytest.mark.parametrize("activation", ["sigmoid", "none"])
+def test_fake_tensors_go_all_the_way(activation):
+    with FakeTensorMode():
+        outputs = torch.randn(2, 1, 8, 9, 7, requires_grad=True)
+        labels = torch.zeros(2, 1, 8, 9, 7)
+        terms = InstanceLoss(activation=activation)(outputs, labels, torch.zeros(2, 1, 8, 9, 7, dtype=torch.int64))
+        assert all(value.shape == () for value in terms)
+        sum(terms).backward()
+        assert outputs.grad.shape == outputs.shape
+
+
+def operator_arguments(device):
+    """Arguments of each operator, from a small batch."""
+    generator = torch.Generator().manual_seed(3)
+    masks = (torch.rand(2, 2, 5, 6, 7, generator=generator) > 0.7).to(device)
+    a, y = masks
+    out_rows, kept, out_geometry = ops.find_instances(a, 0, 0, 36)
+    lab_rows, num_labels, lab_geometry = ops.find_instances(y, 0, 0, 36)
+    sums = (a, y, out_rows, lab_rows, kept, 0, True)
+    out_sums, lab_sums, sample_sums, pairs = ops.sum_instances(*sums, 36, 36, 128)
+    boxes = (out_geometry, lab_geometry, kept, num_labels, [5, 6, 7])
+    return {
+        "components": (a, 0),
+        "find_instances": (a, 2, 1, 210),
+        "number_instances": (out_rows.long() * 2**40, 0, 36),
+        "sum_instances": (*sums, 36, 36, 128),
+        "sum_instances_backward": (out_sums, lab_sums, sample_sums, *sums, torch.float32),
+        "sum_neighbours": (out_sums[..., 0].contiguous(), pairs, True, 36),
+        "center_overlaps": (*boxes, [1, 2, 3]),
+        "center_volumes": (*boxes, [1, 2, 3]),
+        "proximity_minima": (*boxes, False),
+    }
+
+
+def test_every_operator_is_checked():
+    assert set(operator_arguments("cpu")) == set(ops._SCHEMAS)
+
+
+@pytest.mark.parametrize("name", list(ops._SCHEMAS))
+def test_opcheck(backend, name):
+    # Pairs come in any order, and atomics add in any order: compare what does not depend on that.
+    torch.library.opcheck(
+        getattr(ops, name), operator_arguments(backend)[name], test_utils=("test_schema", "test_faketensor")
+    )
+    if backend.type == "cpu":
+        torch.library.opcheck(getattr(ops, name), operator_arguments(backend)[name])
+
+
+@pytest.mark.parametrize("activation", ["sigmoid", "none"])
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_compiles_whole(activation, compiler):
+    """Network and loss in one graph, forward and backward, with other numbers of instances, compiled once."""
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    torch.manual_seed(0)
+    network = torch.nn.Conv3d(1, 1, 3, padding=1)
+    network = torch.nn.Sequential(network, torch.nn.Sigmoid()) if activation == "none" else network
+    loss = WeightedSum(InstanceLoss(activation=activation, rate_instead_number=True), proximity=0.1)
+
+    def step(volume, labels):
+        return loss(network(volume), labels)
+
+    compiled = torch.compile(step, fullgraph=True, backend=compiler)
+    for seed in range(3):
+        volume, labels = batch(seed=seed, shape=(8, 7, 9))
+        results = []
+        for run in (step, compiled):
+            network.zero_grad()
+            value = run(3 * volume.detach(), labels)
+            value.backward()
+            results.append((value.detach(), [p.grad.clone() for p in network.parameters()], dict(loss.terms)))
+        (value, grads, terms), (compiled_value, compiled_grads, compiled_terms) = results
+        torch.testing.assert_close(compiled_value, value)
+        torch.testing.assert_close(compiled_grads, grads, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(compiled_terms, terms)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_slow_criterion_still_runs_compiled():
+    torch.compiler.reset()
+    with pytest.warns(UserWarning, match="no fused form"):
+        loss = InstanceLoss(None, torch.nn.HuberLoss())
+    outputs, labels = batch()
+    compiled = torch.compile(loss, backend="aot_eager")(outputs, labels)
+    torch.testing.assert_close(torch.stack(compiled), torch.stack(loss(outputs, labels)))

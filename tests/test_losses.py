@@ -1,0 +1,344 @@
+"""The public classes: arguments, what they return, WeightedSum, changing options, copies, frameworks around them."""
+
+import copy
+import inspect
+import os
+import pickle
+import warnings
+
+import pytest
+import torch
+from monai.data import MetaTensor
+from monai.losses import DiceLoss
+
+from triton_instance_loss import InstanceCenterLoss, InstanceLoss, WeightedSum, functional
+
+TERMS = ("pixel", "instance_label", "instance_output", "center", "false_instances", "missed_instances", "proximity")
+
+
+def draw(text):
+    """A drawn image as (1, 1, H, W) labels: # is foreground."""
+    rows = text.split()
+    return torch.tensor([[[[float(c == "#") for c in row] for row in rows]]])
+
+
+# One label matched by one output, one missed, one output invented.
+LABELS = draw("##...... ##...... ........ ......## ......## ........")
+OUTPUTS = draw("##...... #....... ........ ........ ........ ##......")
+
+
+def random_batch(device, dtype=torch.float32, shape=(7, 6, 9), batch=2, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    outputs = torch.randn(batch, 1, *shape, generator=generator, dtype=torch.float64)
+    labels = (torch.rand(batch, 1, *shape, generator=generator) > 0.85).to(torch.float64)
+    return outputs.to(device, dtype).requires_grad_(), labels.to(device, dtype)
+
+
+def test_drawn(backend):
+    outputs, labels = OUTPUTS.to(backend), LABELS.to(backend)
+    loss = InstanceLoss(activation="none", spatial_dims=2)
+    terms = loss(outputs, labels)
+    dice = 1 - 2 * 3 / (3 + 4)
+    assert terms._fields == TERMS
+    assert terms.pixel.item() == pytest.approx(1 - 2 * 3 / (5 + 8), abs=1e-5)
+    assert terms.instance_label.item() == pytest.approx((dice + 1) / 2, abs=1e-5)
+    assert terms.instance_output.item() == pytest.approx((dice + 1) / 2, abs=1e-5)
+    assert terms.false_instances.item() == 1
+    assert terms.missed_instances.item() == 1
+    loss.edit_parameters(rate_instead_number=True)
+    assert loss(outputs, labels).missed_instances.item() == pytest.approx(0.5)
+
+
+def test_drawn_surrogate_gradients(backend):
+    outputs, labels = OUTPUTS.to(backend).requires_grad_(), LABELS.to(backend)
+    terms = InstanceLoss(activation="none", spatial_dims=2)(outputs, labels)
+    (false,) = torch.autograd.grad(terms.false_instances, outputs, retain_graph=True)
+    expected = torch.zeros_like(OUTPUTS)
+    expected[0, 0, 5, :2] = 1 / 2
+    assert torch.equal(false.cpu(), expected)
+    (missed,) = torch.autograd.grad(terms.missed_instances, outputs)
+    expected = torch.zeros_like(OUTPUTS)
+    expected[0, 0, 3:5, 6:] = -1 / 4
+    assert torch.equal(missed.cpu(), expected)
+
+
+def test_reference_gradients_are_the_published_ones(backend):
+    outputs, labels = random_batch(backend)
+    terms = InstanceLoss(gradients="reference")(outputs, labels)
+    for name in TERMS[1:]:
+        (grad,) = torch.autograd.grad(getattr(terms, name), outputs, retain_graph=True)
+        assert not grad.any(), name
+    (grad,) = torch.autograd.grad(terms.pixel, outputs)
+    assert grad.any()
+
+
+def test_signature_is_the_published_one():
+    parameters = inspect.signature(InstanceLoss).parameters
+    assert list(parameters)[:3] == ["loss_function_pixel", "loss_function_instance", "loss_function_center"]
+    defaults = {name: parameter.default for name, parameter in parameters.items()}
+    assert defaults == {
+        "loss_function_pixel": None,
+        "loss_function_instance": None,
+        "loss_function_center": None,
+        "activation": "sigmoid",
+        "num_out_chn": 1,
+        "object_chn": 1,
+        "spatial_dims": 3,
+        "reduce_segmentation": "mean",
+        "instance_wise_reduce": "instance",
+        "num_iterations": None,
+        "segmentation_threshold": 0.5,
+        "max_cc_out": 50,
+        "mul_too_many": 50,
+        "min_instance_size": 0,
+        "centroid_offset": 3,
+        "smoother": 1e-7,
+        "instance_wise_loss_no_tp": True,
+        "rate_instead_number": False,
+        "gradients": "surrogate",
+    }
+    assert inspect.signature(InstanceCenterLoss) == inspect.signature(InstanceLoss)
+
+
+def test_default_criteria_equal_monai(backend):
+    outputs, labels = random_batch(backend)
+    ours = InstanceLoss()(outputs, labels)
+    dice = DiceLoss(smooth_nr=1e-5, smooth_dr=1e-5)
+    theirs = InstanceLoss(DiceLoss(sigmoid=True), dice, dice)(outputs, labels)
+    torch.testing.assert_close(torch.stack(ours), torch.stack(theirs))
+
+
+def test_functions_are_the_terms(backend):
+    outputs, labels = random_batch(backend)
+    options = {"max_cc_out": 3, "rate_instead_number": True}
+    terms = InstanceLoss(**options)(outputs, labels)
+    segmentation = functional.instance_segmentation_loss(outputs, labels, **options)
+    assert segmentation == (terms.instance_label, terms.instance_output)
+    assert functional.instance_center_loss(outputs, labels, **options) == terms.center
+    rates = functional.false_instance_rate_loss(outputs, labels, **options)
+    assert rates == (terms.false_instances, terms.missed_instances)
+    assert functional.instance_proximity_loss(outputs, labels, **options) == terms.proximity
+
+
+def test_edit_parameters_checks_and_changes_all_or_nothing():
+    loss = InstanceLoss()
+    loss.edit_parameters(max_cc_out=7, num_iterations=20, loss_function_instance=torch.nn.MSELoss())
+    assert (loss.max_cc_out, loss.num_iterations) == (7, 20)
+    assert isinstance(loss.loss_function_instance, torch.nn.MSELoss)
+    with pytest.raises(ValueError, match=r"activation must be one of 'sigmoid', 'softmax', 'none', got 'relu'"):
+        loss.edit_parameters(max_cc_out=9, activation="relu")
+    with pytest.raises(TypeError, match="unknown 'max_cc'; allowed: loss_function_pixel"):
+        loss.edit_parameters(max_cc=9)
+    assert loss.max_cc_out == 7
+    with pytest.raises(ValueError, match="max_cc_out must be an integer of at least 0, got -1"):
+        loss.max_cc_out = -1
+    loss.max_cc_out = 5
+    assert loss.options.max_cc_out == 5
+
+
+def test_copies_and_prints(capsys):
+    loss = InstanceLoss(DiceLoss(), torch.nn.MSELoss(), DiceLoss(), max_cc_out=9)
+    for other in (copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))):
+        assert other.options == loss.options
+        assert isinstance(other.loss_function_instance, torch.nn.MSELoss)
+    loss.print_parameters()
+    assert "max_cc_out: 9" in capsys.readouterr().out
+    assert "max_cc_out=9" in repr(loss)
+    assert "MSELoss" in repr(loss)
+
+
+def _in_worker(queue, loss):
+    queue.put([value.item() for value in loss(OUTPUTS, LABELS)])
+
+
+def test_spawned_worker():
+    loss = InstanceLoss(activation="none", spatial_dims=2)
+    context = torch.multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=_in_worker, args=(queue, loss))
+    process.start()
+    assert queue.get(timeout=120) == [value.item() for value in loss(OUTPUTS, LABELS)]
+    process.join()
+
+
+class TestWeightedSum:
+    def test_is_the_sum(self, backend):
+        outputs, labels = random_batch(backend)
+        loss = InstanceLoss(rate_instead_number=True)
+        weighted = WeightedSum(loss, proximity=0.125, center=0.0)
+        total = weighted(outputs, labels)
+        weights = {"pixel": 1, "instance_label": 0.5, "instance_output": 0.5, "proximity": 0.125}
+        weights |= {"false_instances": 0.25, "missed_instances": 0.25}
+        terms = loss(outputs, labels)._asdict()
+        expected = sum(weight * terms[name] for name, weight in weights.items())
+        assert total.ndim == 0
+        torch.testing.assert_close(total, expected)
+        assert set(weighted.terms) == set(weights)
+        assert not any(value.requires_grad for value in weighted.terms.values())
+
+    def test_zero_weights_are_not_computed(self):
+        def fail(*_):
+            raise AssertionError("called")
+
+        loss = InstanceLoss(fail, None, fail)
+        outputs, labels = random_batch("cpu")
+        WeightedSum(loss, pixel=0, center=0)(outputs, labels).backward()
+
+    @pytest.mark.parametrize("gradients", ["surrogate", "reference"])
+    @pytest.mark.parametrize("term", [*TERMS, None])
+    def test_is_connected_whatever_the_input(self, backend, term, gradients):
+        weights = {name: float(name == term) for name in TERMS}
+        loss = WeightedSum(InstanceLoss(gradients=gradients), **weights)
+        for value in (-5.0, 5.0):
+            outputs = torch.full((2, 1, 4, 5, 3), value, device=backend, requires_grad=True)
+            total = loss(outputs, torch.zeros_like(outputs))
+            total.backward()
+            assert torch.isfinite(total)
+            assert torch.isfinite(outputs.grad).all()
+
+    def test_bad_weights(self):
+        with pytest.raises(ValueError, match=r"the name of a weight must be one of 'pixel', .*, got 'centre'"):
+            WeightedSum(InstanceLoss(), centre=1.0)
+        with pytest.raises(ValueError, match="got 'proximity'"):
+            WeightedSum(InstanceCenterLoss(), proximity=1.0)
+        with pytest.raises(ValueError, match="weight pixel must be a finite number, got inf"):
+            WeightedSum(InstanceLoss(), pixel=float("inf"))
+        with pytest.raises(TypeError, match="loss must be an InstanceLoss or InstanceCenterLoss, got DiceLoss"):
+            WeightedSum(DiceLoss())
+
+
+def test_meta_tensors_in_plain_tensors_out(backend):
+    outputs, labels = random_batch(backend)
+    expected = InstanceLoss()(outputs, labels)
+    terms = InstanceLoss()(MetaTensor(outputs), MetaTensor(labels))
+    assert all(type(value) is torch.Tensor for value in terms)
+    assert terms == expected
+    sum(terms).backward()
+    assert outputs.grad.any()
+
+
+def test_autocast_changes_nothing(backend):
+    outputs, labels = random_batch(backend, torch.bfloat16)
+    expected = InstanceLoss()(outputs, labels)
+    with torch.autocast(backend.type, dtype=torch.bfloat16):
+        terms = InstanceLoss()(outputs, labels)
+    assert terms == expected
+    assert all(value.dtype == torch.float32 for value in terms)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int16, torch.int64, torch.float16, torch.float64])
+def test_labels_of_any_dtype(backend, dtype):
+    outputs, labels = random_batch(backend)
+    expected = torch.stack(InstanceLoss()(outputs, labels))
+    torch.testing.assert_close(torch.stack(InstanceLoss()(outputs, labels.to(dtype))), expected)
+    mse = InstanceLoss(torch.nn.MSELoss(), torch.nn.MSELoss(), DiceLoss())
+    torch.stack(mse(outputs, labels.to(dtype))).sum().backward()
+
+
+def test_memory_layout_does_not_matter(backend):
+    outputs, labels = random_batch(backend)
+    expected = InstanceLoss()(outputs, labels)
+    (grad,) = torch.autograd.grad(sum(expected), outputs)
+    strange = outputs.detach().transpose(2, 4).contiguous().transpose(2, 4).requires_grad_()
+    assert not strange.is_contiguous()
+    terms = InstanceLoss()(strange, labels.expand(2, 1, 7, 6, 9))
+    assert terms == expected
+    (strange_grad,) = torch.autograd.grad(sum(terms), strange)
+    assert torch.equal(strange_grad, grad)
+
+
+def test_repeats_bitwise(backend):
+    outputs, labels = random_batch(backend)
+    results = []
+    for _ in range(3):
+        terms = InstanceLoss()(outputs, labels)
+        results.append((terms, torch.autograd.grad(sum(terms), outputs)[0]))
+    for terms, grad in results[1:]:
+        assert terms == results[0][0]
+        assert torch.equal(grad, results[0][1])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("activation", ["sigmoid", "softmax", "none"])
+def test_non_finite_outputs_give_nan(backend, bad, activation):
+    outputs, labels = random_batch(backend)
+    options = {}
+    if activation == "softmax":
+        outputs, options = torch.cat((outputs, -outputs), 1), {"num_out_chn": 2}
+    outputs = outputs.detach()
+    outputs[1, 0, 3, 3, 3] = bad
+    outputs.requires_grad_()
+    terms = InstanceLoss(activation=activation, **options)(outputs, labels)
+    assert all(value.isnan() for value in terms)
+    (grad,) = torch.autograd.grad(sum(terms), outputs)
+    assert grad.isnan().any()
+
+
+def test_large_finite_outputs_stay_finite(backend):
+    outputs, labels = random_batch(backend)
+    outputs = (outputs.detach() * 3e37).requires_grad_()
+    terms = InstanceLoss(DiceLoss(sigmoid=True), activation="sigmoid")(outputs, labels)
+    assert all(torch.isfinite(value) for value in terms)
+    outputs = (outputs.detach() / 3e33).requires_grad_()
+    terms = InstanceLoss(activation="none")(outputs, labels)
+    assert all(torch.isfinite(value) for value in terms)
+    (grad,) = torch.autograd.grad(sum(terms), outputs)
+    assert torch.isfinite(grad).all()
+
+
+def test_second_derivative_raises(backend):
+    outputs, labels = random_batch(backend)
+    terms = InstanceLoss()(outputs, labels)
+    (grad,) = torch.autograd.grad(terms.instance_label, outputs, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("activation", ["sigmoid", "none"])
+@pytest.mark.parametrize("term", TERMS)
+def test_gradcheck(backend, term, activation):
+    """Where the gradient is the true derivative: soft outputs, and the published gradients of pixel."""
+    criterion = torch.nn.MSELoss() if term == "instance_label" else None
+    outputs, labels = random_batch(backend, torch.float64, shape=(4, 5, 3))
+    if activation == "none":
+        outputs = outputs.detach().sigmoid()
+        # Far enough from the threshold that no finite difference changes the instances.
+        outputs = torch.where((outputs - 0.5).abs() < 0.01, 0.6, outputs).requires_grad_()
+    # instance_label holds a * stopgrad(a), whose derivative no finite difference gives: leave it out with no_tp=False.
+    # center, false_instances and missed_instances are step functions: their true derivative is the published one.
+    gradients = "surrogate" if term in ("instance_label", "instance_output", "proximity") else "reference"
+    if activation == "sigmoid":
+        gradients = "reference"
+    loss = InstanceLoss(
+        None, criterion, activation=activation, instance_wise_loss_no_tp=False, gradients=gradients, mul_too_many=100
+    )
+    # The interpreter takes a second a call, so there one random direction stands for all elements.
+    interpreted = os.environ["TRITON_INSTANCE_LOSS_BACKEND"] == "triton" and backend.type == "cpu"
+    nondet_tol = 1e-12 if backend.type == "cuda" else 0.0
+    assert torch.autograd.gradcheck(
+        lambda x: getattr(loss(x, labels), term), outputs, nondet_tol=nondet_tol, fast_mode=interpreted
+    )
+
+
+def test_softmax_pixel_gets_the_activated_output(backend):
+    seen = []
+
+    def pixel(outputs, labels):
+        seen.append((outputs.detach(), labels))
+        return (outputs * labels).mean()
+
+    outputs = torch.randn(2, 3, 4, 5, 3, device=backend, requires_grad=True)
+    labels = (torch.rand(2, 3, 4, 5, 3, device=backend) > 0.5).float()
+    terms = InstanceLoss(pixel, activation="softmax", num_out_chn=3, object_chn=2)(outputs, labels)
+    expected = (torch.softmax(outputs, 1)[:, 2:] >= 1 / 3).float()
+    assert torch.equal(seen[0][0], expected)
+    assert torch.equal(seen[0][1], labels[:, 2:])
+    (grad,) = torch.autograd.grad(terms.pixel, outputs)
+    assert grad.any()
+
+
+def test_no_warning_with_recognised_criteria(backend):
+    outputs, labels = random_batch(backend)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        InstanceLoss(DiceLoss(), DiceLoss(), DiceLoss())(outputs, labels)

@@ -1,0 +1,129 @@
+"""Rules that hold for the package as a whole: what importing costs, who imports whom, and that words are kept."""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import triton_instance_loss
+from triton_instance_loss import ops
+
+PACKAGE = Path(triton_instance_loss.__file__).parent
+ROOT = Path(__file__).parents[1]
+# Imports point down this list.
+ORDER = ["losses", "functional", "terms", "criteria", "instances", "components", "activation", "cpu", "ops"]
+
+
+def python(code, **environment):
+    """Run `code` in a fresh interpreter; what it prints."""
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}, cwd=ROOT
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_import_brings_in_nothing_heavy():
+    loaded = python(
+        "import sys, triton_instance_loss, triton_instance_loss.functional\n"
+        "print([name for name in ('triton', 'monai', 'scipy', 'matplotlib') if name in sys.modules])"
+    )
+    assert loaded.strip() == "[]"
+
+
+def test_import_takes_no_longer_than_torch():
+    seconds = python(
+        "import time\n"
+        "start = time.perf_counter(); import torch; middle = time.perf_counter()\n"
+        "import triton_instance_loss; end = time.perf_counter()\n"
+        "print(middle - start, end - middle)"
+    )
+    torch_alone, ours = map(float, seconds.split())
+    assert ours < torch_alone
+
+
+def test_cpu_way_works_without_triton():
+    printed = python(
+        "import sys, torch\n"
+        "sys.modules['triton'] = None\n"
+        "from triton_instance_loss import InstanceLoss\n"
+        "outputs = torch.randn(1, 1, 8, 8, 8, requires_grad=True)\n"
+        "sum(InstanceLoss()(outputs, (outputs > 1).float())).backward()\n"
+        "print(outputs.grad.shape)",
+        TRITON_INSTANCE_LOSS_BACKEND="",
+    )
+    assert "[1, 1, 8, 8, 8]" in printed
+
+
+def imported_rooms(path):
+    """Rooms of the package that a file imports."""
+    rooms = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            names = [node.module.split(".")[0]] if node.module else [alias.name for alias in node.names]
+            rooms.update(names)
+        elif isinstance(node, ast.Import):
+            rooms.update(alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            rooms.add(node.module.split(".")[0])
+    return rooms
+
+
+def files_of(room):
+    path = PACKAGE / room
+    return sorted(path.glob("*.py")) if path.is_dir() else [PACKAGE / f"{room}.py"]
+
+
+@pytest.mark.parametrize("room", ORDER)
+def test_imports_point_down(room):
+    above = set(ORDER[: ORDER.index(room)])
+    for path in files_of(room):
+        assert not imported_rooms(path) & above, path.name
+
+
+def test_only_kernels_import_triton():
+    for path in PACKAGE.rglob("*.py"):
+        if "kernels" not in path.parts:
+            assert "triton" not in imported_rooms(path), path.name
+
+
+def kernel_files():
+    folder = ROOT / "kernels" if (ROOT / "kernels").is_dir() else PACKAGE / "kernels"
+    return {path.stem: path for path in folder.glob("*.py")}
+
+
+def test_kernels_and_cpu_do_not_know_each_other():
+    for path in files_of("cpu"):
+        assert "kernels" not in imported_rooms(path), path.name
+    for path in kernel_files().values():
+        assert "cpu" not in imported_rooms(path), path.name
+
+
+def test_kernels_folder_is_no_package():
+    assert "__init__" not in kernel_files()
+
+
+@pytest.mark.parametrize("name", list(ops._SCHEMAS))
+def test_each_operator_has_both_backends_in_one_room(name):
+    room = ops._ROOMS[name]
+    assert f"def {name}(" in (PACKAGE / "cpu" / f"{room}.py").read_text()
+    assert f"def launch_{name}(" in kernel_files()[room].read_text()
+
+
+def test_public_names():
+    assert set(triton_instance_loss.__all__) == {
+        "InstanceLoss",
+        "InstanceCenterLoss",
+        "WeightedSum",
+        "connected_components",
+    }
+    assert (PACKAGE / "py.typed").exists()
+
+
+def test_version_is_the_one_of_the_package():
+    project = (ROOT / "pyproject.toml").read_text()
+    assert re.search(r'^version = "(.+)"$', project, re.M).group(1) == triton_instance_loss.__version__
