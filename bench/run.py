@@ -118,6 +118,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--reference", metavar="CHECKOUT", help="time the published code, from this checkout, too")
     parser.add_argument("--out", type=Path, metavar="FILE", help="rows are appended to it")
+    parser.add_argument("--threads", type=int, help="of torch; one for each core by default")
     parser.add_argument("--seconds", type=float, help="for one provider on one case")
     parser.add_argument(
         "--tiny", action="store_true", help="tiny inputs: whether everything works, no times that count"
@@ -135,7 +136,7 @@ def main(given: list[str] | None = None) -> None:
             print(f"{entry.name}: {entry.about}\n  " + "\n  ".join(case.name for case in entry.cases))
         return
     device = torch.device(options.device)
-    measure.use_all_cores()
+    measure.use_threads(options.threads)
     setup = Setup(device, published.load(options.reference) if options.reference else None)
     surroundings = measure.surroundings(device)
     out = options.out or (None if options.tiny else measure.ROOT / "bench" / "results" / f"{device.type}.jsonl")
