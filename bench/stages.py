@@ -14,7 +14,6 @@ import argparse
 import contextlib
 import itertools
 import os
-import statistics
 import sys
 import time
 from collections import Counter
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 
 if not torch.cuda.is_available():
@@ -166,11 +166,11 @@ def count(inputs: Inputs) -> dict[str, Counts]:
     return counting.stages
 
 
-def clock(inputs: Inputs, rounds: int = ROUNDS) -> dict[str, float]:
-    """Median milliseconds of each stage."""
+def clock(inputs: Inputs, rounds: int = ROUNDS) -> dict[str, list[float]]:
+    """20th, 50th and 80th percentile of the milliseconds of each stage."""
     cuda = inputs.outputs.device.type == "cuda"
     times: dict[str, list[float]] = {name: [] for name in STAGES}
-    for turn in range(rounds + 2):
+    for turn in range(rounds + measure.WARM_UP):
         marks: list[tuple[str, Any]] = []
 
         def begin(name: str, marks: list[tuple[str, Any]] = marks) -> None:
@@ -186,14 +186,14 @@ def clock(inputs: Inputs, rounds: int = ROUNDS) -> dict[str, float]:
         begin("end")
         if cuda:
             torch.cuda.synchronize()
-        if turn < 2:
+        if turn < measure.WARM_UP:
             continue
         spent = Counter[str]()
         for (name, start), (_, end) in itertools.pairwise(marks):
             spent[name] += start.elapsed_time(end) if cuda else (end - start) * 1e3
         for name in STAGES:
             times[name].append(spent[name])
-    return {name: statistics.median(values) for name, values in times.items()}
+    return {name: np.percentile(values, (20, 50, 80)).round(4).tolist() for name, values in times.items()}
 
 
 def table(
@@ -205,7 +205,7 @@ def table(
     counted = inputs if device.type == "cuda" else lesions((batch, 1, *(counted_side,) * 3), SEED)
     voxels = counted.outputs.numel()
     counts, times = count(counted), clock(inputs, rounds)
-    whole = sum(times.values())
+    whole = sum(middle for _, middle, _ in times.values())
     return [
         {
             "entry": "stages",
@@ -215,8 +215,10 @@ def table(
             "torch_operations": dict(counts[name].torch_operations),
             "launches": counts[name].kernels.total() + counts[name].torch_operations.total(),
             "bytes_per_voxel": round(counts[name].bytes / voxels, 1),
-            "median_ms": round(times[name], 4),
-            "share": round(times[name] / whole, 4),
+            "median_ms": times[name][1],
+            "p20_ms": times[name][0],
+            "p80_ms": times[name][2],
+            "share": round(times[name][1] / whole, 4),
         }
         for name in STAGES
     ]
@@ -224,12 +226,12 @@ def table(
 
 def show(rows: list[Row]) -> None:
     """Print the table."""
-    print(f"{'stage':10} {'our kernels':>11} {'torch':>6} {'bytes/voxel':>12} {'ms':>9} {'share':>6}")
+    print(f"{'stage':10} {'our kernels':>11} {'torch':>6} {'bytes/voxel':>12} {'ms':>9} {'share':>6}  spread")
     for row in rows:
         ours, launches = sum(row["kernels"].values()), row["launches"]
         print(
             f"{row['stage']:10} {ours:11} {launches - ours:6} {row['bytes_per_voxel']:12.1f} "
-            f"{row['median_ms']:9.3f} {row['share']:6.1%}"
+            f"{row['median_ms']:9.3f} {row['share']:6.1%}  [{row['p20_ms']:.3f} .. {row['p80_ms']:.3f}]"
         )
     launches, ours = sum(row["launches"] for row in rows), sum(sum(row["kernels"].values()) for row in rows)
     moved, spent = sum(row["bytes_per_voxel"] for row in rows), sum(row["median_ms"] for row in rows)
