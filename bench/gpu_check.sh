@@ -20,7 +20,7 @@ out=${1:-bench/results}
 mkdir -p "$out" && out=$(cd "$out" && pwd) || exit 1
 [ $# -gt 0 ] && shift
 parts=("$@")
-[ $# -eq 0 ] && parts=(machine small step tests races stages entries memcheck racecheck initcheck)
+[ $# -eq 0 ] && parts=(machine small step tests races stages labelling entries memcheck racecheck initcheck)
 report=$out/gpu_check.txt rows=$out/gpu.jsonl
 summary=() failed=0
 
@@ -58,7 +58,7 @@ sanitizer() {
     fi
     # Without torch's cache every tensor is an allocation of its own, so that a step beyond its end is seen.
     part "$tool" 100 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
-        compute-sanitizer --tool "$tool" --error-exitcode 9 --print-limit 20 "$@" "$PYTHON" -m bench.gpu_small
+        compute-sanitizer --tool "$tool" --error-exitcode 9 --print-limit 20 "$@" "$PYTHON" -m bench.gpu_small --quick
 }
 
 describe() {
@@ -78,23 +78,24 @@ say "gpu_check, $(date -u +%Y-%m-%dT%H:%M:%SZ): ${parts[*]}"
 have monai || say "MONAI is not installed: the yardstick is its DiceLoss restated ('plain Dice'), its criteria are left out."
 for name in "${parts[@]}"; do
     case $name in
-        machine) part machine 60 bash -c describe ;;
-        small) part small 150 "$PYTHON" -m bench.gpu_small ;;
+        machine) part machine 30 bash -c describe ;;
+        small) part small 120 "$PYTHON" -m bench.gpu_small ;;
         step) part step 120 "$PYTHON" -m bench.run --device cuda --entry step --out "$rows" ;;
         tests)
             if have pytest; then
-                part tests 400 "$PYTHON" -m pytest tests -q -p no:cacheprovider --continue-on-collection-errors --maxfail 50
+                part tests 330 "$PYTHON" -m pytest tests -q -p no:cacheprovider --continue-on-collection-errors --maxfail 50
             else
                 skip tests "pytest is not installed"
             fi
             ;;
-        races) part races 180 "$PYTHON" -m bench.gpu_races --repeats 200 --seconds 150 ;;
+        races) part races 150 "$PYTHON" -m bench.gpu_races --repeats 200 --seconds 110 ;;
         stages)
-            part stages 90 "$PYTHON" -m bench.stages --device cuda --out "$rows" --profile "$out/gpu_profile.txt"
+            part stages 60 "$PYTHON" -m bench.stages --device cuda --out "$rows" --profile "$out/gpu_profile.txt"
             ;;
+        labelling) part labelling 150 "$PYTHON" -m bench.run --device cuda --entry labelling --seconds 0.3 --out "$rows" ;;
         entries)
-            part entries 200 "$PYTHON" -m bench.run --device cuda --seconds 0.3 --out "$rows" \
-                --entry scaling --entry instance_terms --entry memory --entry reference --entry labelling
+            part entries 150 "$PYTHON" -m bench.run --device cuda --seconds 0.3 --out "$rows" \
+                --entry scaling --entry instance_terms --entry memory --entry reference
             ;;
         memcheck) sanitizer memcheck ;;
         # Hazards in shared memory; races between blocks are what the part "races" looks for.

@@ -65,20 +65,20 @@ def repeat_labelling(mask: Tensor, device: torch.device, repeats: int, until: fl
     return int(wrong), done
 
 
-def repeat_loss(inputs: Inputs, device: torch.device, repeats: int, until: float) -> tuple[int, int]:
-    """(wrong, done) training steps on one input: not the bits of the first one."""
+def repeat_loss(inputs: Inputs, device: torch.device, repeats: int, until: float) -> tuple[int, int, int]:
+    """(wrong terms, wrong gradients, done) of training steps on one input: not the bits of the first one."""
     there, loss = inputs.to(device), InstanceLoss()
     outputs = there.outputs.requires_grad_()
-    first: Tensor | None = None
-    wrong, done = torch.zeros((), dtype=torch.long, device=device), 0
+    first: tuple[Tensor, Tensor] | None = None
+    wrong, done = torch.zeros(2, dtype=torch.long, device=device), 0
     while done < repeats and (done == 0 or time.monotonic() < until):
         terms = loss(outputs, there.labels)
         (grad,) = torch.autograd.grad(sum(terms[1:], terms[0]), outputs)
-        answer = torch.cat((torch.stack(terms).detach(), grad.flatten()))
+        answer = torch.stack(terms).detach(), grad
         first = answer if first is None else first
-        wrong += (answer != first).any()
+        wrong += torch.stack([(ours != theirs).any() for ours, theirs in zip(answer, first, strict=True)])
         done += 1
-    return int(wrong), done
+    return int(wrong[0]), int(wrong[1]), done
 
 
 def main(given: list[str] | None = None) -> None:
@@ -102,10 +102,12 @@ def main(given: list[str] | None = None) -> None:
     for name, mask in masks(options.small):
         all_wrong += report(name, *repeat_labelling(mask, device, options.repeats, until))
     side = 24 if options.small else 96
-    inputs = lesions((2, 1, side, side, side), SEED)
-    all_wrong += report("all terms and the gradient, lesions", *repeat_loss(inputs, device, options.repeats, until))
-    noisy = Inputs(torch.randn(inputs.outputs.shape, generator=torch.Generator().manual_seed(SEED)), inputs.labels)
-    all_wrong += report("all terms and the gradient, noise", *repeat_loss(noisy, device, options.repeats, until))
+    some = lesions((2, 1, side, side, side), SEED)
+    noisy = Inputs(torch.randn(some.outputs.shape, generator=torch.Generator().manual_seed(SEED)), some.labels)
+    for name, inputs in (("lesions", some), ("noise", noisy)):
+        terms, grads, done = repeat_loss(inputs, device, options.repeats, until)
+        all_wrong += report(f"terms of the loss, {name}", terms, done)
+        all_wrong += report(f"gradient of the loss, {name}", grads, done)
     print(f"{all_wrong} wrong")
     sys.exit(all_wrong > 0)
 

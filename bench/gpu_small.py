@@ -86,9 +86,11 @@ def main(given: list[str] | None = None) -> None:
     """Print what differs; exit with 1 if anything does."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu_small", description=__doc__.split("\n")[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
+    parser.add_argument("--quick", action="store_true", help="one input of each kind")
     options = parser.parse_args(given)
     wrong = 0
-    for name, detail in compare(torch.device(options.device), "triton" if options.device == "cuda" else "cpu"):
+    backend, seeds = ("triton" if options.device == "cuda" else "cpu"), ((1,) if options.quick else (0, 1))
+    for name, detail in compare(torch.device(options.device), backend, seeds=seeds):
         print(f"{name}: {detail or 'as on the CPU'}", flush=True)
         wrong += bool(detail)
     print(f"{wrong} differ")

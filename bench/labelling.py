@@ -95,7 +95,7 @@ LABELLERS: dict[str, tuple[Callable[[Tensor], Tensor], tuple[str, ...], tuple[st
 
 def truth(inputs: Inputs, setup: Setup) -> Answer:
     """What SciPy says."""
-    return canonical(by_scipy(inputs.outputs.cpu()))
+    return canonical(by_scipy(inputs.outputs))
 
 
 def _ours(inputs: Inputs, setup: Setup) -> Function:
