@@ -215,9 +215,9 @@ class InstanceLoss(_Family):
         RuntimeError: A CUDA tensor where Triton is missing; a second derivative.
 
     Note:
-        The same input gives bitwise the same result on the CPU; with "sigmoid" and "softmax" also on a GPU (all sums
-        are of whole numbers), with "none" there to the rounding of float64 sums. A NaN or infinite output makes every
-        term NaN. Samples without outputs or labels give finite, connected terms. Half precision, autocast,
+        The same input gives bitwise the same result on the CPU. On a GPU so do the terms with "sigmoid" and "softmax",
+        whose sums are of whole numbers; gradients, and terms with "none", repeat there to the rounding of float64
+        sums, which atomics add up in any order. A NaN or infinite output makes every term NaN. Samples without outputs or labels give finite, connected terms. Half precision, autocast,
         MetaTensor and torch.compile are fine; fused criteria never synchronise with the host on CUDA.
 
     Source:
