@@ -33,7 +33,8 @@ SLOW = [
     DiceLoss(include_background=False),
     DiceLoss(other_act=torch.tanh),
     DiceLoss(soft_label=True),
-    *([DiceLoss(ignore_index=2)] if "ignore_index" in inspect.signature(DiceLoss).parameters else []),  # MONAI >= 1.6
+    # an option of newer MONAI
+    *([DiceLoss(ignore_index=2)] if "ignore_index" in inspect.signature(DiceLoss).parameters else []),
     TverskyLoss(soft_label=True),
     torch.nn.BCELoss(weight=torch.ones(1)),
     GeneralizedDiceLoss(),
