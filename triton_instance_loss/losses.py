@@ -217,8 +217,9 @@ class InstanceLoss(_Family):
     Note:
         The same input gives bitwise the same result on the CPU. On a GPU so do the terms with "sigmoid" and "softmax",
         whose sums are of whole numbers; gradients, and terms with "none", repeat there to the rounding of float64
-        sums, which atomics add up in any order. A NaN or infinite output makes every term NaN. Samples without outputs or labels give finite, connected terms. Half precision, autocast,
-        MetaTensor and torch.compile are fine; fused criteria never synchronise with the host on CUDA.
+        sums, which atomics add up in any order. A NaN or infinite output makes every term NaN. Samples without outputs
+        or labels give finite, connected terms. Half precision, autocast, MetaTensor and torch.compile are fine; fused
+        criteria never synchronise with the host on CUDA.
 
     Source:
         Rachmadi, Byra and Skibbe, Computers in Biology and Medicine 2024, doi 10.1016/j.compbiomed.2024.108414.
