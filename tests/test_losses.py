@@ -185,16 +185,16 @@ class TestWeightedSum:
         WeightedSum(loss, pixel=0, center=0)(outputs, labels).backward()
 
     @pytest.mark.parametrize("gradients", ["surrogate", "reference"])
-    @pytest.mark.parametrize("term", [*TERMS, None])
-    def test_is_connected_whatever_the_input(self, backend, term, gradients):
-        weights = {name: float(name == term) for name in TERMS}
-        loss = WeightedSum(InstanceLoss(gradients=gradients), **weights)
+    def test_is_connected_whatever_the_input(self, backend, gradients):
         for value in (-5.0, 5.0):
             outputs = torch.full((2, 1, 4, 5, 3), value, device=backend, requires_grad=True)
-            total = loss(outputs, torch.zeros_like(outputs))
-            total.backward()
-            assert torch.isfinite(total)
-            assert torch.isfinite(outputs.grad).all()
+            labels = torch.zeros_like(outputs)
+            terms = InstanceLoss(gradients=gradients)(outputs, labels)
+            nothing = WeightedSum(InstanceLoss(gradients=gradients), **dict.fromkeys(TERMS, 0.0))(outputs, labels)
+            for total in (*terms, nothing):
+                assert torch.isfinite(total)
+                (grad,) = torch.autograd.grad(total, outputs, retain_graph=True)
+                assert torch.isfinite(grad).all()
 
     def test_bad_weights(self):
         with pytest.raises(ValueError, match=r"the name of a weight must be one of 'pixel', .*, got 'centre'"):
@@ -294,29 +294,37 @@ def test_second_derivative_raises(backend):
         grad.sum().backward()
 
 
-@pytest.mark.parametrize("activation", ["sigmoid", "none"])
-@pytest.mark.parametrize("term", TERMS)
-def test_gradcheck(backend, term, activation):
-    """Where the gradient is the true derivative: soft outputs, and the published gradients of pixel."""
-    criterion = torch.nn.MSELoss() if term == "instance_label" else None
+# Where the gradient is the true derivative: soft outputs in the terms that are smooth in them. The other terms are step
+# functions, and their true derivative is the published one, zero; so are all instance terms of hard outputs.
+TRUE_DERIVATIVES = [
+    ("none", "surrogate", ("pixel", "instance_label", "instance_output", "proximity")),
+    ("none", "reference", TERMS),
+    ("sigmoid", "reference", TERMS),
+]
+
+
+def stacked(terms, names):
+    return torch.stack([getattr(terms, name) for name in names])
+
+
+@pytest.mark.parametrize(("activation", "gradients", "terms"), TRUE_DERIVATIVES)
+@pytest.mark.parametrize("criterion", [None, torch.nn.MSELoss()], ids=["dice", "mse"])
+def test_gradcheck(backend, activation, gradients, terms, criterion):
     outputs, labels = random_batch(backend, torch.float64, shape=(4, 5, 3))
     if activation == "none":
-        outputs = outputs.detach().sigmoid()
         # Far enough from the threshold that no finite difference changes the instances.
+        outputs = outputs.detach().sigmoid()
         outputs = torch.where((outputs - 0.5).abs() < 0.01, 0.6, outputs).requires_grad_()
-    # instance_label holds a * stopgrad(a), whose derivative no finite difference gives: leave it out with no_tp=False.
-    # center, false_instances and missed_instances are step functions: their true derivative is the published one.
-    gradients = "surrogate" if term in ("instance_label", "instance_output", "proximity") else "reference"
-    if activation == "sigmoid":
-        gradients = "reference"
-    loss = InstanceLoss(
-        None, criterion, activation=activation, instance_wise_loss_no_tp=False, gradients=gradients, mul_too_many=100
-    )
+    # With no_tp instance_label holds a * stopgrad(a), whose derivative no finite difference gives.
+    options = {"instance_wise_loss_no_tp": False, "mul_too_many": 100}
+    loss = InstanceLoss(None, criterion, activation=activation, gradients=gradients, **options)
     # The interpreter takes a second a call, so there one random direction stands for all elements.
     interpreted = os.environ["TRITON_INSTANCE_LOSS_BACKEND"] == "triton" and backend.type == "cpu"
-    nondet_tol = 1e-12 if backend.type == "cuda" else 0.0
     assert torch.autograd.gradcheck(
-        lambda x: getattr(loss(x, labels), term), outputs, nondet_tol=nondet_tol, fast_mode=interpreted
+        lambda x: stacked(loss(x, labels), terms),
+        outputs,
+        nondet_tol=1e-12 if backend.type == "cuda" else 0.0,
+        fast_mode=interpreted,
     )
 
 

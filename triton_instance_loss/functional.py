@@ -59,8 +59,11 @@ def evaluate_terms(
                 values["missed_instances"] = terms.missed_instances(found, sums, options)
             if "proximity" in names:
                 values["proximity"] = terms.proximity(found, each, options)
-        dtype = outputs.dtype
-        return {name: values[name].to(dtype) * activated.health.to(dtype) for name in TERMS if name in names}
+        used = [name for name in TERMS if name in names]
+        if not used:
+            return {}
+        together = torch.stack([values[name].double() for name in used]).to(outputs.dtype)
+        return dict(zip(used, (together * activated.health.to(outputs.dtype)).unbind(), strict=True))
 
 
 def _pixel(outputs: Tensor, labels: Tensor, criterion: Criterion | None, activated: Any, options: Options) -> Tensor:

@@ -1,7 +1,7 @@
 """The tables: one row an instance, with its size, place, sums and neighbours; gradients flow through the sums."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -82,6 +82,9 @@ class Found:
     kept: Tensor  # (B,) int32: outputs 1..kept are used individually
     out_geometry: Tensor  # (B, rows, 10) int64, columns as ops.py names them
     lab_geometry: Tensor  # (B, rows, 10) int64
+    is_output: Tensor  # (B, rows) bool: which rows of an output table are instances
+    is_kept: Tensor  # (B, rows) bool: which of them are kept
+    is_label: Tensor  # (B, rows) bool: which rows of a label table are instances
     pair_capacity: int
 
     @property
@@ -109,29 +112,55 @@ class Found:
             (self.out_geometry.shape[1], self.lab_geometry.shape[1], self.pair_capacity),
             options.surrogate or not options.hard,
         )
-        return SumTables(out, lab, sample, pairs)
+        # One unbind, so that backward makes one table a side instead of one for each use of a column.
+        return SumTables(OutputSums(*out.unbind(-1)), LabelSums(*lab.unbind(-1)), sample, pairs)
+
+
+class OutputSums(NamedTuple):
+    """Sums over each output instance, (B, rows) float64: the columns of ops.py, which says what they are."""
+
+    mass: Tensor
+    intersection: Tensor
+    cost: Tensor
+    excess: Tensor
+    overlap: Tensor
+
+
+class LabelSums(NamedTuple):
+    """Sums over each label instance, (B, rows) float64: the columns of ops.py, which says what they are."""
+
+    mass: Tensor
+    intersection: Tensor
+    cost: Tensor
+    touched: Tensor
+    overlap: Tensor
 
 
 @dataclass(frozen=True)
 class SumTables:
-    """Differentiable sums over instances (columns as ops.py names them), and which instances touch."""
+    """Differentiable sums over instances and samples, and which instances touch."""
 
-    out: Tensor  # (B, rows, 5) float64
-    lab: Tensor  # (B, rows, 5) float64
+    out: OutputSums
+    lab: LabelSums
     sample: Tensor  # (B, 3) float64
     pairs: Tensor  # (B, slots) int64
 
     def over_outputs(self, values: Tensor) -> Tensor:
         """(B, output rows) -> (B, label rows): sums over the kept outputs that touch each label."""
-        return self._neighbours(values, True, self.lab.shape[1])
+        return self._neighbours(values, True, self.lab.mass.shape[1])
 
     def over_labels(self, values: Tensor) -> Tensor:
         """(B, label rows) -> (B, output rows): sums over the labels that each kept output touches."""
-        return self._neighbours(values, False, self.out.shape[1])
+        return self._neighbours(values, False, self.out.mass.shape[1])
 
     def _neighbours(self, values: Tensor, to_labels: bool, capacity: int) -> Tensor:
         result: Tensor = _SumNeighbours.apply(values.contiguous(), self.pairs, to_labels, capacity)  # type: ignore[no-untyped-call]
         return result
+
+
+def first_rows(counts: Tensor, rows: int) -> Tensor:
+    """(B,) -> (B, rows) bool: True in the first `counts` rows of each sample."""
+    return torch.arange(rows, device=counts.device) < counts[:, None]
 
 
 def find(activated: Activated, cc_label_batch: Tensor | None, options: Options) -> Found:
@@ -173,5 +202,8 @@ def find(activated: Activated, cc_label_batch: Tensor | None, options: Options) 
         kept,
         out_geometry,
         lab_geometry,
-        pair_capacity,
+        is_output=first_rows(num_outputs, out_geometry.shape[1]),
+        is_kept=first_rows(kept, out_geometry.shape[1]),
+        is_label=first_rows(num_labels, lab_geometry.shape[1]),
+        pair_capacity=pair_capacity,
     )

@@ -26,11 +26,6 @@ class InstanceValues(NamedTuple):
     output_rows: Tensor  # (B, output rows) bool
 
 
-def first_rows(counts: Tensor, rows: int) -> Tensor:
-    """(B,) -> (B, rows) bool: True in the first `counts` rows of each sample."""
-    return torch.arange(rows, device=counts.device) < counts[:, None]
-
-
 def straight_through(value: Tensor, carrier: Tensor, options: Options) -> Tensor:
     """`value` in forward; in backward the derivative of `carrier`, or zero with the published gradients."""
     change = carrier - carrier.detach()
@@ -52,11 +47,16 @@ def instance_values(found: Found, sums: SumTables, criterion: Callable[..., Any]
         labels, outputs, whole = _fused_values(found, sums, form)
     else:
         labels, outputs, whole = _slow_values(found, criterion, options)
-    label_rows = first_rows(found.num_labels.clamp(min=1), labels.shape[1])
-    output_rows = first_rows(found.kept.clamp(min=1), outputs.shape[1])
-    labels = torch.where((found.num_labels == 0)[:, None], whole[:, None], labels)
-    outputs = torch.where((found.kept == 0)[:, None], whole[:, None], outputs)
+    labels, label_rows = _with_whole(labels, found.is_label, whole)
+    outputs, output_rows = _with_whole(outputs, found.is_kept, whole)
     return InstanceValues(labels, outputs, label_rows, output_rows)
+
+
+def _with_whole(values: Tensor, rows: Tensor, whole: Tensor) -> tuple[Tensor, Tensor]:
+    """Values and the rows that count, with the value of the whole sample in row 0 where a sample has no row."""
+    alone = ~rows[:, :1]
+    first = torch.where(alone, whole[:, None], values[:, :1])
+    return torch.cat((first, values[:, 1:]), 1), torch.cat((rows[:, :1] | alone, rows[:, 1:]), 1)
 
 
 def _fused_values(found: Found, sums: SumTables, form: FusedCriterion) -> tuple[Tensor, Tensor, Tensor]:
@@ -65,23 +65,22 @@ def _fused_values(found: Found, sums: SumTables, form: FusedCriterion) -> tuple[
     voxels = math.prod(found.out_rows.shape[1:])
 
     lab_sizes = found.lab_sizes.double()
-    prediction = sums.lab[..., ops.COST] + sums.over_outputs(sums.out[..., ops.EXCESS])
-    prediction = prediction + missing * (lab_sizes - sums.lab[..., ops.OVERLAP])
-    labels = _used(found.num_labels, form, sums.lab[..., ops.INTERSECTION], prediction, lab_sizes, voxels)
+    prediction = sums.lab.cost + sums.over_outputs(sums.out.excess)
+    prediction = prediction + missing * (lab_sizes - sums.lab.overlap)
+    labels = _used(found.is_label, form, sums.lab.intersection, prediction, lab_sizes, voxels)
 
     touched = sums.over_labels(lab_sizes)
-    prediction = sums.out[..., ops.COST] + missing * (touched - sums.out[..., ops.OVERLAP])
-    outputs = _used(found.kept, form, sums.out[..., ops.INTERSECTION], prediction, touched, voxels)
+    prediction = sums.out.cost + missing * (touched - sums.out.overlap)
+    outputs = _used(found.is_kept, form, sums.out.intersection, prediction, touched, voxels)
 
     intersection, prediction, label = sums.sample.unbind(1)
     return labels, outputs, form.value(Sums(intersection, prediction, label, voxels))
 
 
 def _used(
-    counts: Tensor, form: FusedCriterion, intersection: Tensor, prediction: Tensor, label: Tensor, voxels: int
+    used: Tensor, form: FusedCriterion, intersection: Tensor, prediction: Tensor, label: Tensor, voxels: int
 ) -> Tensor:
-    """The criterion in the first `counts` rows; other rows see ones, so that no formula divides by their zeros."""
-    used = first_rows(counts, label.shape[1])
+    """The criterion in the rows `used`; other rows see ones, so that no formula divides by their zeros."""
     intersection, prediction, label = (torch.where(used, x, 1.0) for x in (intersection, prediction, label))
     return torch.where(used, form.value(Sums(intersection, prediction, label, voxels)), 0.0)
 
@@ -137,20 +136,23 @@ def reduce_instances(values: Tensor, rows: Tensor, options: Options) -> Tensor:
 
 def false_instances(found: Found, sums: SumTables, options: Options) -> Tensor:
     """Output instances that are not correct. Gradient: the mean of a over each output that touches no label."""
-    touches = sums.out[..., ops.OVERLAP] > 0
-    correct = (touches & first_rows(found.kept, touches.shape[1])).sum(1)
-    real = first_rows(found.num_outputs, touches.shape[1])
-    mean_output = torch.where(real & ~touches, sums.out[..., ops.MASS] / found.out_sizes.clamp(min=1), 0.0).sum(1)
+    touches = sums.out.overlap > 0
+    correct = (touches & found.is_kept).sum(1)
+    mean_output = torch.where(found.is_output & ~touches, _mean_output(found, sums), 0.0).sum(1)
     return _count_or_rate(found.num_outputs - correct, mean_output, found.num_outputs, options)
 
 
 def missed_instances(found: Found, sums: SumTables, options: Options) -> Tensor:
     """Labels that no kept output touches. Gradient: minus the mean of a over each label that no output touches."""
-    detected = (sums.lab[..., ops.OVERLAP] > 0).sum(1)
-    real = first_rows(found.num_labels, sums.lab.shape[1])
-    untouched = real & (sums.lab[..., ops.TOUCHED] == 0)
-    mean_output = torch.where(untouched, sums.lab[..., ops.MASS] / found.lab_sizes.clamp(min=1), 0.0).sum(1)
+    detected = (sums.lab.overlap > 0).sum(1)
+    untouched = found.is_label & (sums.lab.touched == 0)
+    mean_output = torch.where(untouched, sums.lab.mass / found.lab_sizes.clamp(min=1), 0.0).sum(1)
     return _count_or_rate(found.num_labels - detected, -mean_output, found.num_labels, options)
+
+
+def _mean_output(found: Found, sums: SumTables) -> Tensor:
+    """The mean of a over each output instance."""
+    return sums.out.mass / found.out_sizes.clamp(min=1)
 
 
 def _count_or_rate(count: Tensor, carrier: Tensor, total: Tensor, options: Options) -> Tensor:
@@ -169,7 +171,7 @@ def center(found: Found, sums: SumTables, criterion: Callable[..., Any], options
     boxes = (found.out_geometry, found.lab_geometry, found.kept, found.num_labels)
     place = (shape, offsets if options.spatial_dims == 3 else [1, *offsets])
 
-    mean_output = sums.out[..., ops.MASS] / found.out_sizes.clamp(min=1)
+    mean_output = _mean_output(found, sums)
     peak = 1.0 + options.smoother
     heights = straight_through(torch.full_like(mean_output, peak), mean_output, options)
     form = fused_form(criterion)
@@ -180,11 +182,10 @@ def center(found: Found, sums: SumTables, criterion: Callable[..., Any], options
     owned, alone = ops.center_overlaps(*boxes, *place)
     outside, inside = owned[..., 0].double(), owned[..., 1].double()
     alone = alone.double()
-    used = first_rows(found.kept, heights.shape[1])
-    heights = torch.where(used, heights, 0.0)
+    heights = torch.where(found.is_kept, heights, 0.0)
     code = form.code
     at_label, at_nothing = quantities.phi(code, heights, peak), quantities.phi(code, heights, 0.0)
-    prediction = torch.where(used, inside * at_label + outside * at_nothing, 0.0).sum(1)
+    prediction = (inside * at_label + outside * at_nothing).sum(1)
     prediction = prediction + alone * quantities.phi(code, heights.new_zeros(()), peak)
     label = quantities.truth(code, peak) * (inside.sum(1) + alone)
     intersection = peak * (heights * inside).sum(1)

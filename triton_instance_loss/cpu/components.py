@@ -116,7 +116,8 @@ def _join(runs: _Runs, shape: tuple[int, ...]) -> Indices:
         tails.append(np.repeat(low, met) + within)
     head, tail = np.concatenate(heads), np.concatenate(tails)
     graph = coo_matrix((np.ones(len(head), dtype=bool), (head, tail)), shape=(len(first), len(first)))
-    return connected_components(graph, directed=False)[1].astype(np.int64)
+    names: Indices = connected_components(graph, directed=False)[1].astype(np.int64)
+    return names
 
 
 def _largest_voxel(runs: _Runs, names: Indices) -> Indices:

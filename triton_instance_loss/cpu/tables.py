@@ -49,9 +49,10 @@ class _Pairs:
         inside: NDArray[np.bool_] = (self.out > 0) & (self.out <= kept.numpy()[self.sample])
         return inside
 
-    def sum(self, values: Tensor) -> NDArray[np.float64]:
+    def sum(self, values: Tensor) -> NDArray[Any]:
         """Sum the values of the voxels of each pair."""
-        return np.bincount(self.of_voxel, weights=values.numpy(), minlength=len(self.sizes))
+        sums: NDArray[Any] = np.bincount(self.of_voxel, weights=values.numpy(), minlength=len(self.sizes))
+        return sums
 
     def table(self, side: NDArray[np.int64], capacity: int, batch: int, columns: dict[int, NDArray[Any]]) -> Tensor:
         """Sum pairs over each row of one side, one column a quantity, (B, capacity, columns)."""
