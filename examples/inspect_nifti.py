@@ -14,7 +14,8 @@ from typing import Any
 import nibabel
 import numpy as np
 import torch
-from instance_report import Parser, Report, by_term, draw, print_table, report, stdout_console, steps, terms_table
+from instance_picture import draw
+from instance_report import Parser, Report, by_term, print_table, report, stdout_console, steps, terms_table
 from nibabel.filebasedimages import ImageFileError
 from numpy.typing import NDArray
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from instance_report import Parser, by_term, draw, print_table, report, stdout_console, steps, terms_table
+from instance_picture import draw
+from instance_report import Parser, by_term, print_table, report, stdout_console, steps, terms_table
 from numpy.typing import NDArray
 
 from triton_instance_loss import InstanceLoss
