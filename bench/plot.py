@@ -102,13 +102,33 @@ def stages(rows: list[Row]) -> Any:
     return figure
 
 
+def table(rows: list[Row], entry: str) -> str:
+    """The timed rows of an entry as a Markdown table: medians with p20 and p80, and the ratio to the yardstick."""
+    rows = [row for row in rows if row["entry"] == entry and row["status"] == "timed"]
+    lines = ["| case | provider | ms, median [p20 .. p80] | ratio in the same run [p20 .. p80] |", "|---|---|---|---|"]
+    for row in rows:
+        time = f"{row['median_ms']:.1f} [{row['p20_ms']:.1f} .. {row['p80_ms']:.1f}]"
+        ratio = f"{row['ratio']:.1f} [{row['ratio_p20']:.1f} .. {row['ratio_p80']:.1f}]"
+        lines.append(f"| {row['case']} | {row['provider']} | {time} | {ratio} |")
+    lines.append("")
+    for name, threads, torch, commit in sorted(
+        {(row["device_name"], row["threads"], row["versions"]["torch"], row["commit"][:9]) for row in rows}
+    ):
+        lines.append(f"{name}, {threads} threads, torch {torch}, commit {commit}.")
+    return "\n".join(lines)
+
+
 def main(given: list[str] | None = None) -> None:
     """Draw what there are rows for."""
     parser = argparse.ArgumentParser(prog="python -m bench.plot", description=__doc__.split("\n")[0])
     parser.add_argument("files", nargs="+", type=Path, help="stored rows")
     parser.add_argument("--out", type=Path, default=Path(), metavar="FOLDER", help="where the pictures go")
+    parser.add_argument("--table", metavar="ENTRY", help="print this entry as a Markdown table instead")
     options = parser.parse_args(given)
     rows = load(options.files)
+    if options.table:
+        print(table(rows, options.table))
+        return
     options.out.mkdir(parents=True, exist_ok=True)
     for name, draw in (("speed", speed), ("stages", stages), ("memory", memory)):
         figure = draw(rows)

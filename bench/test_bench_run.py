@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -259,3 +260,9 @@ def test_every_operator_on_a_small_volume():
 
     compared = dict(gpu_small.compare(CPU.device, "triton", ("defaults", "components given"), (1,)))
     assert list(compared.values()) == [""] * 4
+
+
+def test_the_readme_quotes_the_stored_rows():
+    root = Path(__file__).parents[1]
+    stored = plot.load([root / "bench/results/cpu.jsonl"])
+    assert plot.table(stored, "step_cpu") in (root / "README.md").read_text()

@@ -163,6 +163,16 @@ def test_compiles_whole(activation, compiler):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_compiles_for_several_shapes(dynamic):
+    torch.compiler.reset()
+    loss = WeightedSum(InstanceLoss())
+    compiled = torch.compile(loss, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for shape in ((8, 9, 7), (10, 12, 6), (5, 5, 5)):
+        outputs, labels = batch(shape=shape)
+        torch.testing.assert_close(compiled(outputs, labels), loss(outputs, labels))
+
+
 def test_slow_criterion_still_runs_compiled():
     torch.compiler.reset()
     with pytest.warns(UserWarning, match="no fused form"):
