@@ -55,34 +55,30 @@ def instance_values(found: Found, sums: SumTables, criterion: Callable[..., Any]
 def _with_whole(values: Tensor, rows: Tensor, whole: Tensor) -> tuple[Tensor, Tensor]:
     """Values and the rows that count, with the value of the whole sample in row 0 where a sample has no row."""
     alone = ~rows[:, :1]
-    first = torch.where(alone, whole[:, None], values[:, :1])
+    first = torch.where(alone, whole, values[:, :1])
     return torch.cat((first, values[:, 1:]), 1), torch.cat((rows[:, :1] | alone, rows[:, 1:]), 1)
 
 
 def _fused_values(found: Found, sums: SumTables, form: FusedCriterion) -> tuple[Tensor, Tensor, Tensor]:
-    """SPEC section 6: everything is sums."""
+    """SPEC section 6: everything is sums. Labels, outputs and whole samples are evaluated as rows of one table."""
     missing = quantities.UNPREDICTED[form.code]
-    voxels = math.prod(found.out_rows.shape[1:])
-
     lab_sizes = found.lab_sizes.double()
-    prediction = sums.lab.cost + sums.over_outputs(sums.out.excess)
-    prediction = prediction + missing * (lab_sizes - sums.lab.overlap)
-    labels = _used(found.is_label, form, sums.lab.intersection, prediction, lab_sizes, voxels)
+    touched = sums.over_labels(lab_sizes)  # label mass of each output
+    in_labels = sums.lab.cost + sums.over_outputs(sums.out.excess) + missing * (lab_sizes - sums.lab.overlap)
+    in_outputs = sums.out.cost + missing * (touched - sums.out.overlap)
+    whole_intersection, whole_prediction, whole_label = sums.sample.unsqueeze(1).unbind(2)
 
-    touched = sums.over_labels(lab_sizes)
-    prediction = sums.out.cost + missing * (touched - sums.out.overlap)
-    outputs = _used(found.is_kept, form, sums.out.intersection, prediction, touched, voxels)
-
-    intersection, prediction, label = sums.sample.unbind(1)
-    return labels, outputs, form.value(Sums(intersection, prediction, label, voxels))
-
-
-def _used(
-    used: Tensor, form: FusedCriterion, intersection: Tensor, prediction: Tensor, label: Tensor, voxels: int
-) -> Tensor:
-    """The criterion in the rows `used`; other rows see ones, so that no formula divides by their zeros."""
-    intersection, prediction, label = (torch.where(used, x, 1.0) for x in (intersection, prediction, label))
-    return torch.where(used, form.value(Sums(intersection, prediction, label, voxels)), 0.0)
+    used = torch.cat((found.is_label, found.is_kept, torch.ones_like(found.is_label[:, :1])), 1)
+    columns = (
+        (sums.lab.intersection, sums.out.intersection, whole_intersection),
+        (in_labels, in_outputs, whole_prediction),
+        (lab_sizes, touched, whole_label),
+    )
+    # Other rows see ones, so that no formula divides by their zeros.
+    intersection, prediction, label = (torch.where(used, torch.cat(column, 1), 1.0) for column in columns)
+    value = form.value(Sums(intersection, prediction, label, math.prod(found.out_rows.shape[1:])))
+    labels, outputs, whole = torch.where(used, value, 0.0).split((lab_sizes.shape[1], touched.shape[1], 1), 1)
+    return labels, outputs, whole
 
 
 def _slow_values(found: Found, criterion: Callable[..., Any], options: Options) -> tuple[Tensor, Tensor, Tensor]:
@@ -116,7 +112,7 @@ def _slow_values(found: Found, criterion: Callable[..., Any], options: Options) 
             mine = out == row
             values.append(call(prediction * mine, torch.isin(lab, lab[mine & (lab > 0)].unique())))
         outputs.append(_fill(values, whole[-1], found.out_sizes.shape[1]))
-    return torch.stack(labels), torch.stack(outputs), torch.stack(whole)
+    return torch.stack(labels), torch.stack(outputs), torch.stack(whole)[:, None]
 
 
 def _fill(values: list[Tensor], like: Tensor, rows: int) -> Tensor:
