@@ -1,7 +1,9 @@
 """Set up the tests: Triton's interpreter where there is no GPU, the backends, and how hypothesis draws."""
 
+import importlib
 import os
 
+import numpy as np
 import torch
 
 if not torch.cuda.is_available():
@@ -23,3 +25,39 @@ def backend(request):
     """Run the test once a backend; its value is the device that the tensors belong on."""
     with using_backend(request.param) as device:
         yield device
+
+
+@pytest.fixture
+def poison():
+    """Fill what `torch.empty` returns with NaN and the largest integers, so that no test passes by luck."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def gpu_blocks(monkeypatch):
+    """Programs as small as on a GPU, so that instances cross them."""
+    from triton_instance_loss.kernels import blocks
+
+    monkeypatch.setattr(blocks, "INTERPRETED", False)
+    monkeypatch.setattr(blocks, "TABLE_PROGRAMS", 3)
+
+
+@pytest.fixture(params=[0, 1])
+def any_order(request, monkeypatch, gpu_blocks):
+    """Programs as on a GPU, run in a random order: first or last, none of them may count on another one."""
+    if torch.cuda.is_available():
+        pytest.skip("a GPU has its own order")
+    builder = importlib.import_module("triton.runtime.interpreter").interpreter_builder
+    set_grid_idx, random = builder.set_grid_idx, np.random.default_rng(request.param)
+    orders = {}
+
+    def shuffled(x, y, z):
+        grid = tuple(builder.grid_dim)
+        if (x, y, z) == (0, 0, 0):
+            orders[grid] = random.permutation(int(np.prod(grid)))
+        index = orders[grid][np.ravel_multi_index((x, y, z), grid)]
+        set_grid_idx(*map(int, np.unravel_index(index, grid)))
+
+    monkeypatch.setattr(builder, "set_grid_idx", shuffled)

@@ -1,0 +1,83 @@
+"""What the tests of the kernels share: masks, and plain statements of labelling and numbering."""
+
+import numpy as np
+import torch
+from scipy import ndimage
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+FAR = 2**31 - 1
+# Of a gradient, relative to its largest: ours is rounded once, the plain one adds ten terms in the precision of a.
+GRADIENT_ERRORS = {torch.float32: 2e-6, torch.float64: 1e-14}
+# 3D, 2D as D = 1, a line and a single voxel: odd, so co-prime with cells and blocks.
+SHAPES = [(2, 5, 7, 9), (1, 1, 13, 11), (3, 1, 1, 1), (1, 1, 1, 17), (1, 11, 1, 3)]
+
+
+def draw(*layers):
+    """A mask (1, D, H, W) from drawings, one string a layer: '#' is foreground."""
+    rows = [[[c == "#" for c in row] for row in layer.split()] for layer in layers]
+    return torch.tensor(rows, device=DEVICE)[None]
+
+
+def random_mask(shape, density, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.rand(shape, generator=generator) < density).to(DEVICE)
+
+
+def spiral(n):
+    """A path of one voxel that winds inwards, its windings one voxel apart."""
+    mask = np.zeros((n, n), bool)
+    y, x, dy, dx = 0, 0, 0, 1
+    mask[0, 0] = True
+    turns = 0
+    while turns < 2:
+        ahead = y + 2 * dy, x + 2 * dx
+        blocked = not (0 <= y + dy < n and 0 <= x + dx < n)
+        blocked |= 0 <= ahead[0] < n and 0 <= ahead[1] < n and mask[ahead]
+        if blocked:
+            dy, dx, turns = dx, -dy, turns + 1
+            continue
+        y, x, turns = y + dy, x + dx, 0
+        mask[y, x] = True
+    return mask
+
+
+def plain_ids(mask):
+    """Largest linear index + 1 of each component, by scipy."""
+    ids = np.zeros(mask.shape, np.int32)
+    for b, volume in enumerate(mask.cpu().numpy()):
+        labels, n = ndimage.label(volume, np.ones((3, 3, 3)))
+        index = np.arange(1, volume.size + 1).reshape(volume.shape)
+        for i in range(1, n + 1):
+            ids[b][labels == i] = index[labels == i].max()
+    return torch.from_numpy(ids).to(mask.device)
+
+
+def plain_pooling(mask, rounds):
+    """Rounds of max-pooling of the ids inside the mask."""
+    index = torch.arange(1, mask[0].numel() + 1, device=mask.device).view(mask.shape[1:])
+    ids = (mask * index).double()
+    for _ in range(rounds):
+        ids = torch.nn.functional.max_pool3d(ids, 3, 1, 1) * mask
+    return ids.int()
+
+
+def plain_instances(ids, min_size, capacity):
+    """Row map, counts and geometry of ids, one instance after the other."""
+    rows = torch.zeros(ids.shape, dtype=torch.int32, device=ids.device)
+    counts = torch.zeros(ids.shape[0], dtype=torch.int32, device=ids.device)
+    geometry = torch.tensor([0] * 4 + [FAR] * 3 + [-1] * 3, device=ids.device).repeat(ids.shape[0], capacity, 1)
+    for b, volume in enumerate(ids):
+        for i in volume.unique():
+            where = (volume == i).nonzero()
+            if i > 0 and len(where) > min_size:
+                line = [torch.tensor([len(where)], device=ids.device), where.sum(0), where.amin(0), where.amax(0)]
+                geometry[b, counts[b]] = torch.cat(line)
+                counts[b] += 1
+                rows[b][volume == i] = counts[b]
+    return rows, counts, geometry
+
+
+def assert_same(result, expected):
+    """Equal in value, dtype and shape, one by one."""
+    for ours, theirs in zip(result, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)

@@ -1,0 +1,130 @@
+"""The kernels of centre boxes and distances against drawn truths, and against a plain statement."""
+
+import numpy as np
+import pytest
+import torch
+from kernel_cases import DEVICE, FAR, assert_same
+
+pytest.importorskip("triton")
+
+from triton_instance_loss.kernels import centers, proximity
+
+pytestmark = pytest.mark.usefixtures("poison")
+
+
+def random_geometry(shape, counts, capacity, seed=0):
+    """Geometry of boxes filled with voxels at random, `counts` rows of it used."""
+    rng = np.random.default_rng(seed)
+    geometry = torch.tensor([0] * 4 + [FAR] * 3 + [-1] * 3).repeat(len(counts), capacity, 1)
+    for b, count in enumerate(counts):
+        for row in range(count):
+            voxels = np.stack([rng.integers(low := rng.integers(d), min(low + 4, d), 5) for d in shape], 1)
+            line = [[5], voxels.sum(0), voxels.min(0), voxels.max(0)]
+            geometry[b, row] = torch.from_numpy(np.concatenate(line))
+    return geometry.to(DEVICE), torch.tensor(counts, dtype=torch.int32, device=DEVICE)
+
+
+def plain_owner(geometry, counts, shape, offsets):
+    """Largest row whose centre box covers a voxel, drawn box by box."""
+    owner = torch.zeros((len(counts), *shape), dtype=torch.int32, device=geometry.device)
+    for b, count in enumerate(counts.tolist()):
+        for row in range(count):
+            size, *sums = geometry[b, row, :4].tolist()
+            centers = [-(-s // size) for s in sums]
+            box = [slice(max(c - o - 1, 0), max(c + o, 0)) for c, o in zip(centers, offsets, strict=True)]
+            owner[b][tuple(box)] = row + 1
+    return owner
+
+
+GEOMETRIES = [
+    ((5, 9, 11), (1, 2, 2), [4, 0], [3, 2]),
+    ((1, 13, 9), (1, 3, 3), [5], [0]),
+    ((7, 6, 5), (9, 9, 9), [0, 7, 2], [2, 9, 0]),
+    ((4, 7, 6), (0, 0, 0), [6], [6]),
+]
+
+
+@pytest.mark.parametrize(("shape", "offsets", "kept", "num_labels"), GEOMETRIES)
+@pytest.mark.parametrize("small", [False, True], ids=["one_block", "gpu_blocks"])
+def test_centers(shape, offsets, kept, num_labels, small, request):
+    if small:
+        request.getfixturevalue("gpu_blocks")
+    out_geometry, kept = random_geometry(shape, kept, 7, seed=1)
+    lab_geometry, num_labels = random_geometry(shape, num_labels, 9, seed=2)
+    out_owner = plain_owner(out_geometry, kept, shape, offsets)
+    covered = plain_owner(lab_geometry, num_labels, shape, offsets) > 0
+    sides = (out_geometry, lab_geometry, kept, num_labels, list(shape), list(offsets))
+    assert_same(centers.launch_center_volumes(*sides), [out_owner, covered])
+    rows = torch.arange(1, 8, device=DEVICE).view(-1, 1, 1, 1, 1)
+    owned = torch.stack([((out_owner == rows) & (covered == side)).sum((2, 3, 4)).T for side in (False, True)], -1)
+    assert_same(centers.launch_center_overlaps(*sides), [owned, (covered & (out_owner == 0)).sum((1, 2, 3))])
+
+
+def test_centers_drawn():
+    # voxels at x = 1, 2 and 4: the mean 7/3 is rounded up to 3, and with offset 1 the box is [1, 4)
+    geometry = torch.tensor([[[3, 0, 0, 7, 0, 0, 1, 0, 0, 4]]], device=DEVICE)
+    one, none = (torch.tensor([n], dtype=torch.int32, device=DEVICE) for n in (1, 0))
+    owner, covered = centers.launch_center_volumes(geometry, geometry, one, none, [1, 1, 6], [1, 1, 1])
+    assert owner.flatten().tolist() == [0, 1, 1, 1, 0, 0]
+    assert not covered.any()
+    owned, alone = centers.launch_center_overlaps(geometry, geometry, one, none, [1, 1, 6], [1, 1, 1])
+    assert (owned.tolist(), alone.tolist()) == ([[[3, 0]]], [0])
+
+
+def plain_boxes(geometry, count, shape, planar):
+    """Bounds of the extended boxes, or of the one in the middle, (n, 3) each; planar leaves out the first axis."""
+    lows, highs = geometry[:count, 4:7], geometry[:count, 7:10]
+    dims = torch.tensor(shape, device=geometry.device)
+    extent = (highs - lows).clamp(min=1)
+    lows, highs = (lows - extent - 1).clamp(min=0), torch.minimum(highs + extent, dims)
+    if count == 0:
+        lows, highs = (dims // 2 - 1)[None], (dims // 2 + 1)[None]
+    return lows[:, planar:].double(), highs[:, planar:].double()
+
+
+def plain_diou(lows, highs, other_lows, other_highs):
+    """DIoU of each box with each other box, (n, m)."""
+    lows, highs, other_lows, other_highs = lows[:, None], highs[:, None], other_lows[None], other_highs[None]
+    shared = (torch.minimum(highs, other_highs) - torch.maximum(lows, other_lows)).clamp(min=0).prod(-1)
+    union = (highs - lows).prod(-1) + (other_highs - other_lows).prod(-1) - shared
+    centers = lows + ((highs - lows) / 2).ceil() - other_lows - ((other_highs - other_lows) / 2).ceil()
+    around = torch.maximum(highs, other_highs) - torch.minimum(lows, other_lows)
+    return 1 - shared / union + (centers**2).sum(-1) / ((around**2).sum(-1) + 1e-7)
+
+
+@pytest.mark.parametrize(("shape", "offsets", "kept", "num_labels"), GEOMETRIES)
+@pytest.mark.parametrize("planar", [False, True])
+def test_proximity(shape, offsets, kept, num_labels, planar):
+    out_geometry, kept = random_geometry(shape, kept, 7, seed=1)
+    lab_geometry, num_labels = random_geometry(shape, num_labels, 9, seed=2)
+    ours = proximity.launch_proximity_minima(out_geometry, lab_geometry, kept, num_labels, list(shape), planar)
+    expected = [torch.zeros_like(t) for t in ours]
+    for b in range(len(kept)):
+        diou = plain_diou(
+            *plain_boxes(out_geometry[b], int(kept[b]), shape, planar),
+            *plain_boxes(lab_geometry[b], int(num_labels[b]), shape, planar),
+        )
+        expected[0][b, : diou.shape[0]], expected[1][b, : diou.shape[1]] = diou.amin(1), diou.amin(0)
+    torch.testing.assert_close(ours, tuple(expected), rtol=1e-14, atol=1e-14)
+
+
+def test_proximity_drawn():
+    # bounds [2, 3]: extent 1, extended to [0, 4) with centre 2; against the middle [3, 5), centre 4: IoU 1/5, 2^2 / 5^2
+    geometry = torch.tensor([[[2, 0, 0, 5, 0, 0, 2, 0, 0, 3]]], device=DEVICE)
+    one, none = (torch.tensor([n], dtype=torch.int32, device=DEVICE) for n in (1, 0))
+    to_label, to_output = proximity.launch_proximity_minima(geometry, geometry, one, none, [1, 1, 8], True)
+    # along the axis of length 1 the instance has [0, 1), the middle [-1, 1); their centres are 1 and 0
+    expected = 1 - 1 / (4 + 4 - 1) + (4 + 1) / (25 + 4)
+    assert to_label.tolist() == to_output.tolist() == [[pytest.approx(expected, abs=1e-9)]]
+
+
+@pytest.mark.usefixtures("gpu_blocks")
+def test_proximity_of_many():
+    shape, counts = (30, 40, 50), [130]
+    out_geometry, kept = random_geometry(shape, [3], 3, seed=1)
+    lab_geometry, num_labels = random_geometry(shape, counts, 4000, seed=2)
+    ours = proximity.launch_proximity_minima(out_geometry, lab_geometry, kept, num_labels, list(shape), False)
+    diou = plain_diou(*plain_boxes(out_geometry[0], 3, shape, 0), *plain_boxes(lab_geometry[0], 130, shape, 0))
+    torch.testing.assert_close(ours[0][0], diou.amin(1), rtol=1e-14, atol=1e-14)
+    torch.testing.assert_close(ours[1][0, :130], diou.amin(0), rtol=1e-14, atol=1e-14)
+    assert ours[1].count_nonzero() == 130

@@ -1,0 +1,162 @@
+"""Labelling and numbering kernels against drawn truths, and against a plain statement of what they compute."""
+
+import numpy as np
+import pytest
+import torch
+from kernel_cases import (
+    DEVICE,
+    FAR,
+    SHAPES,
+    assert_same,
+    draw,
+    plain_ids,
+    plain_instances,
+    plain_pooling,
+    random_mask,
+    spiral,
+)
+
+pytest.importorskip("triton")
+
+from triton_instance_loss.kernels import components, numbering
+
+pytestmark = pytest.mark.usefixtures("poison")
+
+
+def test_components_drawn():
+    mask = draw("##.. ...# ...#", ".... .... #...")
+    expected = torch.tensor([[[2, 2, 0, 0], [0, 0, 0, 12], [0, 0, 0, 12]], [[0] * 4, [0] * 4, [21, 0, 0, 0]]])
+    assert torch.equal(components.launch_components(mask, 0).cpu(), expected[None].int())
+
+
+def test_components_touch_through_corners():
+    mask = draw("#.. ... ...", "... .#. ...", "... ... ..#")
+    assert torch.equal(components.launch_components(mask, 0), mask * torch.tensor(27, dtype=torch.int32))
+
+
+def test_components_of_voxel_zero():
+    mask = draw("#.. ... ..#")
+    assert components.launch_components(mask, 0).flatten().tolist() == [1, 0, 0, 0, 0, 0, 0, 0, 9]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("density", [0, 0.12, 0.3, 1])
+def test_components_random(shape, density):
+    mask = random_mask(shape, density)
+    assert_same([components.launch_components(mask, 0)], [plain_ids(mask)])
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 6, 9), (1, 1, 15, 17)])
+@pytest.mark.parametrize("density", [0.15, 0.35])
+@pytest.mark.usefixtures("gpu_blocks")
+def test_components_at_gpu_block_sizes(shape, density):
+    mask = random_mask(shape, density)
+    ids = components.launch_components(mask, 0)
+    assert_same([ids], [plain_ids(mask)])
+    assert_same(numbering.number(ids, 1, 30), plain_instances(ids, 1, 30))
+    assert_same([components.launch_components(mask, 2)], [plain_pooling(mask, 2)])
+
+
+def patterns():
+    """Masks that are hard on a labeller: long paths, many joins, nothing but diagonals."""
+    z, y, x = np.indices((5, 6, 7))
+    comb = (y == 0) | (x % 2 == 0)
+    return {
+        "checkerboard": (z + y + x) % 2 == 0,
+        "separate": (z % 2 == 0) & (y % 2 == 0) & (x % 2 == 0),
+        "comb": comb,
+        "comb_upside_down": comb[:, ::-1].copy(),
+        "spiral": spiral(17)[None],
+        "spiral_from_inside": spiral(17)[None, ::-1, ::-1].copy(),
+        "standing_spiral": spiral(11)[:, :, None],
+    }
+
+
+@pytest.mark.parametrize("name", patterns())
+def test_components_patterns(name):
+    mask = torch.from_numpy(patterns()[name])[None].to(DEVICE)
+    assert_same([components.launch_components(mask, 0)], [plain_ids(mask)])
+
+
+@pytest.mark.parametrize("rounds", [1, 2, 5])
+@pytest.mark.parametrize("shape", [(2, 5, 7, 9), (1, 1, 13, 11)])
+def test_bounded_components(shape, rounds):
+    mask = random_mask(shape, 0.3)
+    assert_same([components.launch_components(mask, rounds)], [plain_pooling(mask, rounds)])
+
+
+def test_bounded_components_end_early():
+    mask = torch.from_numpy(spiral(7))[None, None].to(DEVICE)
+    for rounds in (24, 25, 10**9):  # both buffers hold the result, whichever the last round writes
+        expected = plain_pooling(mask, min(rounds, 100))
+        assert_same([components.launch_components(mask, rounds)], [expected])
+    assert_same([expected], [plain_ids(mask)])
+
+
+@pytest.mark.parametrize("name", ["comb", "spiral"])
+@pytest.mark.usefixtures("any_order")
+def test_components_in_any_order(name):
+    mask = torch.from_numpy(patterns()[name])[None].to(DEVICE)
+    ids = components.launch_components(mask, 0)
+    assert_same([ids], [plain_ids(mask)])
+    assert_same([components.launch_components(mask, 3)], [plain_pooling(mask, 3)])
+    assert_same(numbering.number(ids, 2, 9), plain_instances(ids, 2, 9))
+
+
+def test_components_without_voxels():
+    for shape in [(0, 3, 3, 3), (2, 3, 0, 3)]:
+        for rounds in (0, 2):
+            mask = torch.zeros(shape, dtype=torch.bool, device=DEVICE)
+            assert components.launch_components(mask, rounds).shape == shape
+            rows, counts, geometry = components.launch_find_instances(mask, rounds, 0, 2)
+            assert rows.shape == shape
+            assert counts.tolist() == [0] * shape[0]
+            assert geometry.tolist() == [[[0] * 4 + [FAR] * 3 + [-1] * 3] * 2] * shape[0]
+
+
+# --- instances -------------------------------------------------------------------------------------------------------
+
+
+def test_find_instances_drawn():
+    mask = draw("##.. ...# #..#")
+    rows, counts, geometry = components.launch_find_instances(mask, 0, 1, 3)
+    assert rows.flatten().tolist() == [1, 1, 0, 0, 0, 0, 0, 2, 0, 0, 0, 2]  # the single voxel is too small
+    assert counts.tolist() == [2]
+    assert geometry[0].tolist() == [
+        [2, 0, 0, 1, 0, 0, 0, 0, 0, 1],
+        [2, 0, 3, 6, 0, 1, 3, 0, 2, 3],
+        [0, 0, 0, 0, FAR, FAR, FAR, -1, -1, -1],
+    ]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("density", "min_size", "rounds"), [(0.15, 0, 0), (0.2, 2, 0), (0.3, 1, 1), (0, 0, 0)])
+def test_find_instances_random(shape, density, min_size, rounds):
+    mask = random_mask(shape, density)
+    capacity = int(np.prod(shape[1:]))
+    expected = plain_instances(plain_pooling(mask, rounds) if rounds else plain_ids(mask), min_size, capacity)
+    assert_same(components.launch_find_instances(mask, rounds, min_size, capacity), expected)
+
+
+def test_number_instances_drawn():
+    ids = torch.tensor([[[[7, 0, 7], [2**63 - 1, 3, 3]]], [[[0, 1, 0], [0, 0, 2**40]]]], device=DEVICE)
+    rows, counts, geometry = components.launch_number_instances(ids, 0, 3)
+    assert rows.flatten(1).tolist() == [[2, 0, 2, 3, 1, 1], [0, 1, 0, 0, 0, 2]]
+    assert counts.tolist() == [3, 2]
+    assert geometry[0, 1].tolist() == [2, 0, 0, 2, 0, 0, 0, 0, 0, 2]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("min_size", [0, 2])
+def test_number_instances_random(shape, min_size):
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(0, 30, shape, generator=generator).to(DEVICE)
+    ids = torch.where(ids < 20, 0, ids * (2**63 // 31))
+    assert_same(components.launch_number_instances(ids, min_size, 12), plain_instances(ids, min_size, 12))
+
+
+def test_more_instances_than_promised_stay_in_range():
+    mask = torch.from_numpy(patterns()["separate"])[None].to(DEVICE)
+    whole = components.launch_find_instances(mask, 0, 0, 36)
+    rows, counts, geometry = components.launch_find_instances(mask, 0, 0, 5)
+    assert_same([rows, counts, geometry], [whole[0], whole[1], whole[2][:, :5]])
