@@ -45,10 +45,16 @@ def _extended_boxes(geometry: Tensor, count: int, shape: list[int], axes: slice)
 
 def _distances(out: Boxes, lab: Boxes) -> Tensor:
     """DIoU between each output box (rows) and each label box (columns)."""
-    low, high, center = (corner[:, None] for corner in out)
-    lows, highs, centers = lab
-    shared = (torch.minimum(high, highs) - torch.maximum(low, lows)).clamp(min=0).prod(-1)
-    union = (high - low).prod(-1) + (highs - lows).prod(-1) - shared
-    apart = ((center - centers) ** 2).sum(-1)
-    diagonal = ((torch.maximum(high, highs) - torch.minimum(low, lows)) ** 2).sum(-1)
-    return 1.0 - shared / union + apart / (diagonal + 1e-7)
+    # Axis by axis, so that everything is a matrix.
+    shared: Tensor | float = 1.0
+    apart: Tensor | float = 0.0
+    diagonal: Tensor | float = 1e-7
+    for axis in range(out[0].shape[1]):
+        low, high, center = (corner[:, axis, None] for corner in out)
+        lows, highs, centers = (corner[:, axis] for corner in lab)
+        shared = (torch.minimum(high, highs) - torch.maximum(low, lows)).clamp_(min=0).mul_(shared)
+        apart = (center - centers).square_().add_(apart)
+        diagonal = (torch.maximum(high, highs) - torch.minimum(low, lows)).square_().add_(diagonal)
+    assert isinstance(shared, Tensor)
+    volumes = (out[1] - out[0]).prod(1)[:, None] + (lab[1] - lab[0]).prod(1)
+    return 1.0 - shared / (volumes - shared) + apart / diagonal
