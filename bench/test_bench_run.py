@@ -262,6 +262,16 @@ def test_every_operator_on_a_small_volume():
     assert list(compared.values()) == [""] * 4
 
 
+def test_launches_and_bytes_do_not_grow():
+    """The stored rows are the ceiling: a change that lowers them stores new ones."""
+    stored = plot.load([Path(__file__).parents[1] / "bench/results/cpu.jsonl"])
+    ceiling = {row["stage"]: row for row in stored if row["entry"] == "stages"}
+    for row in stages.table(CPU.device, 12, 1, rounds=1, counted_side=stages.COUNTED_SIDE):
+        most = ceiling[row["stage"]]
+        assert row["launches"] <= most["launches"], row["stage"]
+        assert row["bytes_per_voxel"] <= most["bytes_per_voxel"] + 0.1, row["stage"]
+
+
 def test_the_readme_quotes_the_stored_rows():
     root = Path(__file__).parents[1]
     stored = plot.load([root / "bench/results/cpu.jsonl"])
