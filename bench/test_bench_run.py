@@ -266,6 +266,10 @@ def test_launches_and_bytes_do_not_grow():
     """The stored rows are the ceiling: a change that lowers them stores new ones."""
     stored = plot.load([Path(__file__).parents[1] / "bench/results/cpu.jsonl"])
     ceiling = {row["stage"]: row for row in stored if row["entry"] == "stages"}
+    here, there = measure.surroundings(CPU.device)["versions"], ceiling["terms"]["versions"]
+    for name in ("torch", "monai"):  # they choose the operations that their own functions are made of
+        if here.get(name) != there[name]:
+            pytest.skip(f"the counts are stored for {name} {there[name]}, this is {here.get(name)}")
     for row in stages.table(CPU.device, 12, 1, rounds=1, counted_side=stages.COUNTED_SIDE):
         most = ceiling[row["stage"]]
         assert row["launches"] <= most["launches"], row["stage"]
