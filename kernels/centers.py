@@ -39,6 +39,22 @@ def _box_side(row_ptr, dim, offset, AXIS: tl.constexpr):
 
 
 @triton.jit
+def _box(row_ptr, D, H, W, offset_z, offset_y, offset_x):
+    """First voxel of a row's centre box, its sides along y and x, and how many voxels it has."""
+    low_z, size_z = _box_side(row_ptr, D, offset_z, 0)
+    low_y, size_y = _box_side(row_ptr, H, offset_y, 1)
+    low_x, size_x = _box_side(row_ptr, W, offset_x, 2)
+    return (low_z * H + low_y) * W + low_x, size_y, size_x, size_z * size_y * size_x
+
+
+@triton.jit
+def _step(lane, size_y, size_x, H, W):
+    """From the first voxel of a box to its voxel number `lane`."""
+    z, y, x = coordinates(lane, size_y, size_x)
+    return (z * H + y) * W + x
+
+
+@triton.jit
 def _paint_boxes_kernel(
     geometry_ptr,  # (B, capacity, 10) int64
     counts_ptr,  # (B,) int32
@@ -57,14 +73,11 @@ def _paint_boxes_kernel(
     rows = tl.minimum(tl.load(counts_ptr + sample), capacity)
     for row in range(tl.program_id(0), rows, tl.num_programs(0)):
         row_ptr = geometry_ptr + (sample * capacity + row) * COLUMNS
-        low_z, size_z = _box_side(row_ptr, D, offset_z, 0)
-        low_y, size_y = _box_side(row_ptr, H, offset_y, 1)
-        low_x, size_x = _box_side(row_ptr, W, offset_x, 2)
-        for first in range(0, size_z * size_y * size_x, BLOCK):
+        corner, size_y, size_x, size = _box(row_ptr, D, H, W, offset_z, offset_y, offset_x)
+        for first in range(0, size, BLOCK):
             lane = first + tl.arange(0, BLOCK)
-            z, y, x = coordinates(lane, size_y, size_x)
-            voxel = ((low_z + z) * H + low_y + y) * W + low_x + x
-            tl.atomic_max(owner_ptr + voxel, row + 1, mask=lane < size_z * size_y * size_x, sem="relaxed")
+            voxel = corner + _step(lane, size_y, size_x, H, W)
+            tl.atomic_max(owner_ptr + voxel, row + 1, mask=lane < size, sem="relaxed")
 
 
 @triton.jit
@@ -89,16 +102,13 @@ def _count_boxes_kernel(
     rows = tl.minimum(tl.load(counts_ptr + sample), capacity)
     for row in range(tl.program_id(0), rows, tl.num_programs(0)):
         row_ptr = geometry_ptr + (sample * capacity + row) * COLUMNS
-        low_z, size_z = _box_side(row_ptr, D, offset_z, 0)
-        low_y, size_y = _box_side(row_ptr, H, offset_y, 1)
-        low_x, size_x = _box_side(row_ptr, W, offset_x, 2)
+        corner, size_y, size_x, size = _box(row_ptr, D, H, W, offset_z, offset_y, offset_x)
         outside = tl.zeros((BLOCK,), tl.int64)
         inside = tl.zeros((BLOCK,), tl.int64)
-        for first in range(0, size_z * size_y * size_x, BLOCK):
+        for first in range(0, size, BLOCK):
             lane = first + tl.arange(0, BLOCK)
-            z, y, x = coordinates(lane, size_y, size_x)
-            voxel = ((low_z + z) * H + low_y + y) * W + low_x + x
-            in_box = lane < size_z * size_y * size_x
+            voxel = corner + _step(lane, size_y, size_x, H, W)
+            in_box = lane < size
             mine = tl.load(owner_ptr + voxel, mask=in_box, other=0) == row + 1
             other = tl.load(other_ptr + voxel, mask=mine, other=0)
             outside += (mine & (other == 0)).to(tl.int64)

@@ -11,18 +11,10 @@ import matplotlib.image
 import nibabel
 import numpy as np
 import pytest
+from reference import TERMS
 
 ROOT = Path(__file__).parent.parent
 PUBLISHED = os.environ.get("INSTANCE_LOSS_EXAMPLE")
-TERMS = (
-    "pixel",
-    "instance_label",
-    "instance_output",
-    "center",
-    "false_instances",
-    "missed_instances",
-    "proximity",
-)
 
 
 def run_program(example, *arguments, cwd):

@@ -10,10 +10,9 @@ import pytest
 import torch
 from monai.data import MetaTensor
 from monai.losses import DiceLoss
+from reference import TERMS
 
 from triton_instance_loss import InstanceCenterLoss, InstanceLoss, WeightedSum, functional
-
-TERMS = ("pixel", "instance_label", "instance_output", "center", "false_instances", "missed_instances", "proximity")
 
 
 def draw(text):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from . import checks, terms
-from .activation import activate, check_and_widen, select
+from .activation import Activated, activate, check_and_widen, select
 from .criteria import DICE, warn_if_slow
 from .instances import find
 from .options import Options
@@ -49,7 +49,9 @@ def evaluate_terms(
             sums = found.sums(terms.quantity_of(instance), options)
             if {"instance_label", "instance_output", "proximity"} & set(names):
                 each = terms.instance_values(found, sums, instance, options)
+            if "instance_label" in names:
                 values["instance_label"] = terms.reduce_instances(each.labels, each.label_rows, options)
+            if "instance_output" in names:
                 values["instance_output"] = terms.reduce_instances(each.outputs, each.output_rows, options)
             if "center" in names:
                 values["center"] = terms.center(found, sums, center or DICE, options)
@@ -66,12 +68,13 @@ def evaluate_terms(
         return dict(zip(used, (together * activated.health.to(outputs.dtype)).unbind(), strict=True))
 
 
-def _pixel(outputs: Tensor, labels: Tensor, criterion: Criterion | None, activated: Any, options: Options) -> Tensor:
+def _pixel(
+    outputs: Tensor, labels: Tensor, criterion: Criterion | None, activated: Activated, options: Options
+) -> Tensor:
     """The pixel term: on the raw tensors; with "softmax" on the activated output; by default Dice on probabilities."""
-    labels = labels.to(outputs.dtype)
     if criterion is None:
-        probabilities = activated.probabilities
-        return DICE.forward(probabilities[:, None], activated.y[:, None])
+        return DICE.forward(activated.probabilities[:, None], activated.y[:, None])
+    labels = labels.to(outputs.dtype)
     if options.activation == "softmax":
         hard = terms.straight_through(activated.a.to(outputs.dtype), activated.probabilities, options)
         outputs, labels = hard.view(labels.shape[0], 1, *labels.shape[2:]), select(labels, options)

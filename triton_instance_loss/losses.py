@@ -9,9 +9,8 @@ from torch import Tensor
 from torch.nn.modules.loss import _Loss
 
 from . import checks, criteria
-from . import options as options_room
 from .functional import Criterion, evaluate_terms
-from .options import Options
+from .options import NAMES, Options
 
 
 class InstanceTerms(NamedTuple):
@@ -116,9 +115,9 @@ class _Family(_Loss):
             ValueError: A value that is not allowed.
         """
         chosen = {name: changes.pop(name) if name in changes else getattr(self, name) for name in CRITERIA}
-        unknown = sorted(set(changes) - set(options_room.NAMES))
+        unknown = sorted(set(changes) - set(NAMES))
         if unknown:
-            allowed = ", ".join((*CRITERIA, *options_room.NAMES))
+            allowed = ", ".join((*CRITERIA, *NAMES))
             raise TypeError(f"edit_parameters got unknown {', '.join(map(repr, unknown))}; allowed: {allowed}.")
         options = dataclasses.replace(self.options, **changes)
         self._set_criteria(*chosen.values(), options=options)
@@ -152,12 +151,12 @@ class _Family(_Loss):
     def __getattr__(self, name: str) -> Any:
         # Options read like attributes, as in the published classes: loss.max_cc_out.
         options = self.__dict__.get("options")
-        if options is not None and name in options_room.NAMES:
+        if options is not None and name in NAMES:
             return getattr(options, name)
         return super().__getattr__(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in options_room.NAMES:
+        if name in NAMES:
             self.options = dataclasses.replace(self.options, **{name: value})
         else:
             super().__setattr__(name, value)

@@ -53,8 +53,7 @@ def components(mask: Tensor, num_iterations: int) -> Tensor:
     if num_iterations > 0:
         return _propagate(mask, num_iterations)
     runs = _cut(mask.numpy())
-    names = _label(runs, mask)
-    return runs.fill(mask.shape, _largest_voxel(runs, names)[names] % mask[0].numel() + 1)
+    return _ids(runs, _label(runs, mask), mask)
 
 
 def find_instances(mask: Tensor, num_iterations: int, min_size: int, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -127,13 +126,18 @@ def _largest_voxel(runs: _Runs, names: Indices) -> Indices:
     return largest
 
 
+def _ids(runs: _Runs, names: Indices, mask: Tensor) -> Tensor:
+    """Each component called by its largest voxel in its sample, from 1."""
+    return runs.fill(mask.shape, _largest_voxel(runs, names)[names] % mask[0].numel() + 1)
+
+
 def _propagate(mask: Tensor, rounds: int) -> Tensor:
     """`rounds` of 3x3x3 max-pooling of the linear indices (from 1) inside the mask."""
     from scipy import ndimage
 
     runs = _cut(mask.numpy())
     names = _label(runs, mask)
-    ids = runs.fill(mask.shape, _largest_voxel(runs, names)[names] % mask[0].numel() + 1)
+    ids = _ids(runs, names, mask)
     sizes = np.bincount(names, weights=runs.last - runs.first + 1)
     named = runs.fill(mask.shape, names + 1).numpy()
     index = np.arange(1, mask[0].numel() + 1, dtype=np.int32).reshape(1, *mask.shape[1:])

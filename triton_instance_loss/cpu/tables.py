@@ -89,8 +89,11 @@ def sum_instances(
     batch = a.shape[0]
     inside, on_label = pairs.kept(kept), pairs.lab > 0
     mass = pairs.sum(pairs.a)
-    at_nothing = pairs.sum(phi(quantity, pairs.a, 0.0))
-    at_label = pairs.sum(phi(quantity, pairs.a, 1.0))
+    if quantity == quantities.MASS:  # phi is a itself
+        at_nothing = at_label = mass
+    else:
+        at_nothing = pairs.sum(phi(quantity, pairs.a, 0.0))
+        at_label = pairs.sum(phi(quantity, pairs.a, 1.0))
     if no_tp:
         excess = pairs.sum(phi(quantity, pairs.a * pairs.a, 0.0).masked_fill(pairs.y, 0.0))
         cost = at_label
