@@ -1,6 +1,4 @@
-"""From the tensors of a call to what the instances are made of: activated outputs and binary labels, as volumes."""
-
-from typing import NamedTuple
+"""From the tensors of a call to volumes: checked, widened, one channel; and the codes of what becomes of them."""
 
 import torch
 from torch import Tensor
@@ -8,15 +6,16 @@ from torch import Tensor
 from . import checks
 from .options import Options
 
+# Activations: the activated output a of x, and what the gradient flows into.
+NONE = 0  # a = x; foreground where x >= threshold, or x == 1 if the threshold is 0 or less
+SIGMOID = 1  # a = foreground = [sigmoid(x) >= threshold]; sigmoid(x)
+GIVEN = 2  # a = foreground = [x >= threshold] of a probability x; x
 
-class Activated(NamedTuple):
-    """One foreground channel of a batch, as contiguous volumes (B, D, H, W); images have D = 1."""
-
-    probabilities: Tensor  # float32 or float64: sigmoid, softmax or the outputs themselves; what gradients flow into
-    a: Tensor  # activated outputs: bool for "sigmoid" and "softmax", the probabilities for "none"
-    foreground: Tensor  # bool: where instances of the outputs are looked for
-    y: Tensor  # bool: the labels
-    health: Tensor  # 0-d: 1, or NaN if any output is NaN or infinite; every term is multiplied by it
+# What the pixel term, where it is fused, sees as prediction u and truth w.
+NOT_FUSED = -1
+RAW = 0  # x, and the labels as they are
+PROBABILITY = 1  # sigmoid(x) with SIGMOID, else x; and y
+HARD = 2  # a, with the derivative of what the gradient flows into; and the labels as they are
 
 
 def unwrap(value: Tensor) -> Tensor:
@@ -27,7 +26,7 @@ def unwrap(value: Tensor) -> Tensor:
 
 
 def widen(value: Tensor) -> Tensor:
-    """Half precision becomes float32; float32 and float64 stay."""
+    """Half precision becomes float32; anything else stays."""
     return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
 
 
@@ -41,31 +40,40 @@ def to_volume(value: Tensor) -> Tensor:
     return (value if value.ndim == 4 else value.squeeze(1)).contiguous()
 
 
-def activate(outputs: Tensor, labels: Tensor, options: Options) -> Activated:
-    """Apply the activation of SPEC section 3 to widened `outputs` and binarise `labels`."""
-    looked_at = outputs if options.activation == "softmax" else select(outputs, options)
-    low, high = torch.aminmax(looked_at.detach())
-    health = 1.0 + 0.0 * low + 0.0 * high
-
-    if options.activation == "sigmoid":
-        probabilities, threshold = torch.sigmoid(looked_at), options.segmentation_threshold
-    elif options.activation == "softmax":
-        probabilities, threshold = select(torch.softmax(looked_at, dim=1), options), 1.0 / options.num_out_chn
-    else:
-        probabilities, threshold = looked_at, options.segmentation_threshold
-    probabilities = to_volume(probabilities)
-    a = probabilities.detach()
-    if options.hard:
-        a = foreground = a >= threshold
-    else:
-        foreground = a >= threshold if threshold > 0 else a == 1
-    return Activated(probabilities, a, foreground, to_volume(select(labels, options)) == 1, health)
-
-
 def check_and_widen(
     outputs: Tensor, labels: Tensor, cc_label_batch: Tensor | None, options: Options
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The public boundary: plain, checked tensors; half outputs widened."""
+    """The public boundary: plain, checked tensors; halves widened."""
     checks.inputs(outputs, labels, cc_label_batch, options.spatial_dims, options.num_out_chn)
     ids = None if cc_label_batch is None else unwrap(cc_label_batch)
-    return widen(unwrap(outputs)), unwrap(labels), ids
+    return widen(unwrap(outputs)), widen(unwrap(labels)), ids
+
+
+def activation_of(options: Options) -> tuple[int, float]:
+    """The code of the activation, and its threshold."""
+    if options.activation == "softmax":
+        return GIVEN, 1.0 / options.num_out_chn
+    return SIGMOID if options.activation == "sigmoid" else NONE, float(options.segmentation_threshold)
+
+
+def to_activate(outputs: Tensor, options: Options) -> Tensor:
+    """The volume that the activation works on: the channel that is looked at, of the softmax if there is one."""
+    return to_volume(select(torch.softmax(outputs, dim=1) if options.activation == "softmax" else outputs, options))
+
+
+def probabilities(x: Tensor, options: Options) -> Tensor:
+    """What gradients flow into, from the volume that the activation works on."""
+    return torch.sigmoid(x) if options.activation == "sigmoid" else x
+
+
+def straight_through(value: Tensor, carrier: Tensor, options: Options) -> Tensor:
+    """`value` in forward; in backward the derivative of `carrier`, or zero with the published gradients."""
+    change = carrier - carrier.detach()
+    return value + (change if options.surrogate else 0.0 * change)
+
+
+def activated(x: Tensor, foreground: Tensor, options: Options) -> Tensor:
+    """The activated output as a differentiable volume."""
+    if not options.hard:
+        return x
+    return straight_through(foreground.to(x.dtype), probabilities(x, options), options)

@@ -1,12 +1,12 @@
-"""Per-instance criteria: which losses are functions of sums, how to register one, and the slow way for all others.
+"""Criteria: which losses are functions of sums, how to register one, and what is said of all others.
 
 A criterion compares two volumes, u (predicted) and w (true). Many depend on them only through
 
     intersection = sum u w,    prediction = sum phi(u, w),    label = sum w,    voxels = number of voxels,
 
-with a per-voxel quantity phi from `quantities.py`. Such a *fused* criterion is evaluated from the tables of all
-instances at once. Any other loss is called once per instance on full volumes: the same result, slowly, after one
-warning.
+with a per-voxel quantity phi from `quantities.py`, as a ratio of two linear functions. Such a *fused* criterion is
+evaluated, with its derivative, from the sums of all instances at once. Any other loss is called once per instance on
+full volumes: the same result, slowly, after one warning.
 """
 
 import warnings
@@ -20,38 +20,90 @@ from torch import Tensor
 from . import checks, quantities
 
 
-class Sums(NamedTuple):
-    """What a fused criterion may use, float64 tensors of one shape (voxels: an int)."""
+class Ratio(NamedTuple):
+    """A criterion for volumes of a known size: the numbers of its numerator, then those of its denominator."""
 
-    intersection: Tensor  # sum of u * w
-    prediction: Tensor  # sum of phi(u, w) over all voxels
-    label: Tensor  # sum of w, or of w * w with the quantity "square"
-    voxels: int  # voxels of the volume
+    intersection: float
+    prediction: float
+    label: float
+    constant: float
+    intersection_below: float
+    prediction_below: float
+    label_below: float
+    constant_below: float
+
+    def above(self, intersection: Tensor, prediction: Tensor, label: Tensor) -> Tensor:
+        """The numerator."""
+        return self.intersection * intersection + self.prediction * prediction + self.label * label + self.constant
+
+    def below(self, intersection: Tensor, prediction: Tensor, label: Tensor) -> Tensor:
+        """The denominator."""
+        linear = self.intersection_below * intersection + self.prediction_below * prediction
+        return linear + self.label_below * label + self.constant_below
+
+
+class Linear(NamedTuple):
+    """A linear function of sums: what each is multiplied by, and a constant."""
+
+    intersection: float = 0.0  # of sum u * w
+    prediction: float = 0.0  # of sum phi(u, w) over all voxels
+    label: float = 0.0  # of sum w, or of sum w * w with the quantity "square"
+    voxels: float = 0.0  # of the number of voxels of the volume
+    constant: float = 0.0
+
+
+ONE = Linear(constant=1.0)
 
 
 @dataclass(frozen=True)
 class FusedCriterion:
-    """A criterion that is a function of sums.
+    """A criterion that is a ratio of two linear functions of sums.
 
     Args:
-        quantity: phi(u, w), summed into `Sums.prediction`: "mass" (u), "square" (u^2), "absolute_error" (|u - w|),
+        quantity: phi(u, w), what is summed for `prediction`: "mass" (u), "square" (u^2), "absolute_error" (|u - w|),
             "squared_error" ((u - w)^2) or "cross_entropy".
-        value: from `Sums` to the criterion's value, elementwise and differentiable by autograd.
+        numerator: above; Dice, for example, is Linear(intersection=-2, prediction=1, label=1) over
+            Linear(prediction=1, label=1, constant=1e-5).
+        denominator: below.
+        batch: what the loss makes of a batch of volumes (B, 1, *spatial): the "mean" or "sum" of its values for the
+            samples. None if it makes something else; then the pixel term calls it.
 
     Raises:
-        ValueError: `quantity` is none of the above.
+        ValueError: `quantity` or `batch` is none of the above.
+        TypeError: a part of the ratio is no `Linear`.
     """
 
     quantity: str
-    value: Callable[[Sums], Tensor]
+    numerator: Linear
+    denominator: Linear = ONE
+    batch: str | None = None
 
     def __post_init__(self) -> None:
         checks.choice("quantity", self.quantity, tuple(quantities.CODES))
+        if self.batch is not None:
+            checks.choice("batch", self.batch, ("mean", "sum"))
+        for name in ("numerator", "denominator"):
+            if not isinstance(getattr(self, name), Linear):
+                raise TypeError(f"{name} must be a Linear, got {getattr(self, name)!r}.")
 
     @property
     def code(self) -> int:
         """The quantity as the operators count it."""
         return quantities.CODES[self.quantity]
+
+    def ratio(self, voxels: int, times: float = 1.0) -> Ratio:
+        """The numbers for volumes of so many voxels, of `times` the criterion."""
+        above, below = self.numerator, self.denominator
+        return Ratio(
+            times * above.intersection,
+            times * above.prediction,
+            times * above.label,
+            times * (above.constant + above.voxels * voxels),
+            below.intersection,
+            below.prediction,
+            below.label,
+            below.constant + below.voxels * voxels,
+        )
 
 
 Fuse = Callable[[Any], "FusedCriterion | None"]
@@ -74,10 +126,8 @@ def register_criterion(loss_type: type | str, fuse: Fuse) -> None:
         >>> class SoftErrorRate(torch.nn.Module):
         ...     def forward(self, u, w):
         ...         return (u - w).abs().sum() / (w.sum() + 1)
-        >>> register_criterion(
-        ...     SoftErrorRate,
-        ...     lambda loss: FusedCriterion("absolute_error", lambda sums: sums.prediction / (sums.label + 1)),
-        ... )
+        >>> form = FusedCriterion("absolute_error", Linear(prediction=1), Linear(label=1, constant=1))
+        >>> register_criterion(SoftErrorRate, lambda loss: form)
     """
     if not callable(fuse):
         raise TypeError(f"fuse must be a callable from a loss to a FusedCriterion or None, got {fuse!r}.")
@@ -130,17 +180,19 @@ DICE = DiceLoss()
 
 
 def _fuse_dice(loss: DiceLoss) -> FusedCriterion:
-    return _dice(loss.smooth, loss.smooth, jaccard=False, quantity="mass")
+    return _dice(loss.smooth, loss.smooth, jaccard=False, quantity="mass", batch="mean")
 
 
-def _dice(smooth_nr: float, smooth_dr: float, *, jaccard: bool, quantity: str) -> FusedCriterion:
-    def value(sums: Sums) -> Tensor:
-        total = sums.prediction + sums.label
-        if jaccard:
-            total = 2.0 * (total - sums.intersection)
-        return 1.0 - (2.0 * sums.intersection + smooth_nr) / (total + smooth_dr)
+def _dice(smooth_nr: float, smooth_dr: float, *, jaccard: bool, quantity: str, batch: str | None) -> FusedCriterion:
+    """1 - (2 I + smooth_nr) / (P + L + smooth_dr), or with jaccard over (2 (P + L - I) + smooth_dr)."""
+    below = Linear(-2.0, 2.0, 2.0) if jaccard else Linear(0.0, 1.0, 1.0)
+    return _one_minus(Linear(2.0, constant=smooth_nr), below._replace(constant=smooth_dr), quantity, batch)
 
-    return FusedCriterion(quantity, value)
+
+def _one_minus(above: Linear, below: Linear, quantity: str, batch: str | None) -> FusedCriterion:
+    """1 - above / below."""
+    difference = Linear(*(under - over for under, over in zip(below, above, strict=True)))
+    return FusedCriterion(quantity, difference, below, batch)
 
 
 def _plain(loss: Any) -> bool:
@@ -158,26 +210,27 @@ def _plain(loss: Any) -> bool:
 def _fuse_monai_dice(loss: Any) -> FusedCriterion | None:
     if not _plain(loss):
         return None
-    quantity = "square" if loss.squared_pred else "mass"
-    return _dice(loss.smooth_nr, loss.smooth_dr, jaccard=loss.jaccard, quantity=quantity)
+    quantity, batch = "square" if loss.squared_pred else "mass", None if loss.batch else "mean"
+    return _dice(loss.smooth_nr, loss.smooth_dr, jaccard=loss.jaccard, quantity=quantity, batch=batch)
 
 
 def _fuse_monai_tversky(loss: Any) -> FusedCriterion | None:
-    def value(sums: Sums) -> Tensor:
-        false_positive = loss.alpha * (sums.prediction - sums.intersection)
-        false_negative = loss.beta * (sums.label - sums.intersection)
-        total = sums.intersection + false_positive + false_negative
-        score: Tensor = (sums.intersection + loss.smooth_nr) / (total + loss.smooth_dr)
-        return 1.0 - score
-
-    return FusedCriterion("mass", value) if _plain(loss) else None
+    """1 - (I + smooth_nr) / (I + alpha (P - I) + beta (L - I) + smooth_dr)."""
+    if not _plain(loss):
+        return None
+    above = Linear(1.0, constant=loss.smooth_nr)
+    below = Linear(1.0 - loss.alpha - loss.beta, loss.alpha, loss.beta, constant=loss.smooth_dr)
+    return _one_minus(above, below, "mass", None if loss.batch else "mean")
 
 
 def _fuse_torch(quantity: str) -> Fuse:
     def fuse(loss: Any) -> FusedCriterion | None:
         if loss.reduction not in ("mean", "sum") or getattr(loss, "weight", None) is not None:
             return None
-        return FusedCriterion(quantity, lambda sums: sums.prediction / (sums.voxels if loss.reduction == "mean" else 1))
+        # Whether its inputs are probabilities, BCELoss checks itself where it is called, as the pixel term.
+        batch = None if quantity == "cross_entropy" else loss.reduction
+        below = Linear(voxels=1.0) if loss.reduction == "mean" else ONE
+        return FusedCriterion(quantity, Linear(prediction=1.0), below, batch)
 
     return fuse
 

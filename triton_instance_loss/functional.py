@@ -6,23 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks, terms
-from .activation import Activated, activate, check_and_widen, select
-from .criteria import DICE, warn_if_slow
+from . import activation, checks, ops, quantities, slow
+from .activation import activated, activation_of, check_and_widen, probabilities, select, to_activate, to_volume
+from .criteria import DICE, fused_form, warn_if_slow
 from .instances import find
 from .options import Options
+from .terms import TERMS, FusedTerms, Request, place_of_centers
 
 Criterion = Callable[..., Any]
-
-TERMS = (
-    "pixel",
-    "instance_label",
-    "instance_output",
-    "center",
-    "false_instances",
-    "missed_instances",
-    "proximity",
-)
 
 
 def evaluate_terms(
@@ -39,45 +30,66 @@ def evaluate_terms(
     """The terms `names`, each a 0-d tensor; a criterion left out is our Dice. Nothing else is computed."""
     outputs, labels, cc_label_batch = check_and_widen(outputs, labels, cc_label_batch, options)
     with torch.autocast(outputs.device.type, enabled=False):
-        activated = activate(outputs, labels, options)
+        x, y_source = to_activate(outputs, options), to_volume(select(labels, options))
+        seen = _what_pixel_sees(pixel, outputs, names, options)
+        pixel_form = fused_form(pixel or DICE) or fused_form(DICE)
+        assert pixel_form is not None
+        foreground, y, pixel_sums, health = ops.activate(
+            x.detach(), y_source, *activation_of(options), seen, pixel_form.code
+        )
         values: dict[str, Tensor] = {}
-        if "pixel" in names:
-            values["pixel"] = _pixel(outputs, labels, pixel, activated, options)
+        if "pixel" in names and seen == activation.NOT_FUSED:
+            value = _pixel(outputs, labels, pixel, x, foreground, y, options)
+            values["pixel"] = value * health.to(value.dtype)
         if set(names) - {"pixel"}:
-            instance = instance or DICE
-            found = find(activated, cc_label_batch, options)
-            sums = found.sums(terms.quantity_of(instance), options)
-            if {"instance_label", "instance_output", "proximity"} & set(names):
-                each = terms.instance_values(found, sums, instance, options)
-            if "instance_label" in names:
-                values["instance_label"] = terms.reduce_instances(each.labels, each.label_rows, options)
-            if "instance_output" in names:
-                values["instance_output"] = terms.reduce_instances(each.outputs, each.output_rows, options)
-            if "center" in names:
-                values["center"] = terms.center(found, sums, center or DICE, options)
-            if "false_instances" in names:
-                values["false_instances"] = terms.false_instances(found, sums, options)
-            if "missed_instances" in names:
-                values["missed_instances"] = terms.missed_instances(found, sums, options)
-            if "proximity" in names:
-                values["proximity"] = terms.proximity(found, each, options)
-        used = [name for name in TERMS if name in names]
-        if not used:
-            return {}
-        together = torch.stack([values[name].double() for name in used]).to(outputs.dtype)
-        return dict(zip(used, (together * activated.health.to(outputs.dtype)).unbind(), strict=True))
+            found, pair_capacity = find(foreground, y, cc_label_batch, options)
+            instance, center = instance or DICE, center or DICE
+            instance_form, center_form = fused_form(instance), fused_form(center)
+            if center_form is None and "center" in names:
+                a = activated(x, foreground, options)
+                place = place_of_centers(x.shape, options)
+                values["center"] = slow.center(a, found, place, center, options) * health.to(a.dtype)
+            rest = tuple(name for name in TERMS if name in names and name not in values)
+            request = Request(
+                rest, options, seen, pixel_form, instance_form, center_form or pixel_form, pair_capacity
+            )
+            given: tuple[Tensor | None, Tensor | None] = (None, None)
+            if request.wants_instances:
+                if instance_form is None:
+                    given = slow.instance_values(activated(x, foreground, options), y, found, instance, options)
+                elif instance_form.code == quantities.CROSS_ENTROPY and not options.hard:
+                    checks.probabilities("loss_function_instance", x)
+            if rest:
+                together: Tensor = FusedTerms.apply(  # type: ignore[no-untyped-call]
+                    x, *given, y_source, foreground, y, pixel_sums, health, request, *found
+                )
+                values.update(zip(rest, together.to(x.dtype).unbind(), strict=True))
+        return {name: values[name] for name in TERMS if name in names}
+
+
+def _what_pixel_sees(criterion: Criterion | None, outputs: Tensor, names: Collection[str], options: Options) -> int:
+    """What the pixel term works on if it is evaluated from the sums of the one pass over the volumes."""
+    if "pixel" not in names or len(set(names)) == 1:
+        return activation.NOT_FUSED
+    if criterion is None:
+        return activation.PROBABILITY
+    form = fused_form(criterion)
+    if form is None or form.batch is None or (options.num_out_chn > 1 and options.activation != "softmax"):
+        return activation.NOT_FUSED
+    return activation.HARD if options.activation == "softmax" else activation.RAW
 
 
 def _pixel(
-    outputs: Tensor, labels: Tensor, criterion: Criterion | None, activated: Activated, options: Options
-) -> Tensor:
+    outputs: Tensor, labels: Tensor, criterion: Criterion | None, x: Tensor, foreground: Tensor, y: Tensor,
+    options: Options,
+) -> Tensor:  # fmt: skip
     """The pixel term: on the raw tensors; with "softmax" on the activated output; by default Dice on probabilities."""
     if criterion is None:
-        return DICE.forward(activated.probabilities[:, None], activated.y[:, None])
+        return DICE.forward(probabilities(x, options)[:, None], y[:, None])
     labels = labels.to(outputs.dtype)
     if options.activation == "softmax":
-        hard = terms.straight_through(activated.a.to(outputs.dtype), activated.probabilities, options)
-        outputs, labels = hard.view(labels.shape[0], 1, *labels.shape[2:]), select(labels, options)
+        labels = select(labels, options)
+        outputs = activated(x, foreground, options).view(labels.shape)
     return checks.scalar("loss_function_pixel", criterion(outputs, labels))
 
 

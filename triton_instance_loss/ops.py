@@ -38,6 +38,11 @@ SAMPLE_COLUMNS = 3
 _library = torch.library.Library("triton_instance_loss", "DEF")
 
 _SCHEMAS = {
+    # x float32 or float64, labels of any real dtype that NumPy knows -> foreground of the outputs and y, both bool;
+    # sums (B, 3) float64 of u * w, phi(u, w) and truth w of the pixel term, zeros with pixel=-1; health, 0-d float64:
+    # 1, or NaN if any x is NaN or infinite. The codes are those of activation.py
+    "activate": "(Tensor x, Tensor labels, int activation, float threshold, int pixel, int quantity)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
     # mask bool -> ids int32: largest linear index + 1 of the component (0 rounds: whole components), 0 = background
     "components": "(Tensor mask, int num_iterations) -> Tensor",
     # mask bool -> row map int32, counts (B,) int32, geometry (B, capacity, 10) int64; capacity 0: as many rows as the
@@ -51,9 +56,10 @@ _SCHEMAS = {
     #    (rows counted from 1); 0 = no pair; any order
     "sum_instances": "(Tensor a, Tensor y, Tensor out_rows, Tensor lab_rows, Tensor kept, int quantity, bool no_tp,"
     " int out_capacity, int lab_capacity, int pair_capacity) -> (Tensor, Tensor, Tensor, Tensor)",
-    # gradients of the three sums -> gradient of a, (B, D, H, W) of `dtype`
-    "sum_instances_backward": "(Tensor grad_out_sums, Tensor grad_lab_sums, Tensor grad_sample_sums, Tensor a,"
-    " Tensor y, Tensor out_rows, Tensor lab_rows, Tensor kept, int quantity, bool no_tp, ScalarType dtype) -> Tensor",
+    # gradients of the three tables, and of the sums of the pixel term -> gradient of x, of its shape and dtype
+    "sum_instances_backward": "(Tensor grad_out_sums, Tensor grad_lab_sums, Tensor grad_sample_sums,"
+    " Tensor grad_pixel_sums, Tensor x, Tensor labels, Tensor foreground, Tensor y, Tensor out_rows, Tensor lab_rows,"
+    " Tensor kept, int quantity, bool no_tp, int activation, int pixel, int pixel_quantity) -> Tensor",
     # values (B, R) float64 of one side -> for each row of the other side, the sum over the rows it is paired with
     "sum_neighbours": "(Tensor values, Tensor pairs, bool to_labels, int capacity) -> Tensor",
     # centre boxes of outputs 1..kept and labels 1..n -> owned (B, out_capacity, 2) int64: voxels whose box of largest
@@ -108,6 +114,7 @@ def backend(tensor: Tensor) -> str:
 
 # Which room of `cpu/` holds an operator, and of `kernels/` its launcher.
 _ROOMS = {
+    "activate": "activation",
     "components": "components",
     "find_instances": "components",
     "number_instances": "components",
@@ -132,6 +139,14 @@ def _dispatch(name: str) -> Any:
             return launch(*args)
 
     return run
+
+
+def _fake_activate(
+    x: Tensor, labels: Tensor, activation: int, threshold: float, pixel: int, quantity: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    sums = x.new_empty((x.shape[0], SAMPLE_COLUMNS), dtype=torch.float64)
+    masks = (x.new_empty(x.shape, dtype=torch.bool) for _ in range(2))
+    return (*masks, sums, x.new_empty((), dtype=torch.float64))
 
 
 def _fake_components(mask: Tensor, num_iterations: int) -> Tensor:
@@ -178,16 +193,21 @@ def _fake_sum_instances_backward(
     grad_out_sums: Tensor,
     grad_lab_sums: Tensor,
     grad_sample_sums: Tensor,
-    a: Tensor,
+    grad_pixel_sums: Tensor,
+    x: Tensor,
+    labels: Tensor,
+    foreground: Tensor,
     y: Tensor,
     out_rows: Tensor,
     lab_rows: Tensor,
     kept: Tensor,
     quantity: int,
     no_tp: bool,
-    dtype: torch.dtype,
+    activation: int,
+    pixel: int,
+    pixel_quantity: int,
 ) -> Tensor:
-    return a.new_empty(a.shape, dtype=dtype)
+    return x.new_empty(x.shape)
 
 
 def _fake_sum_neighbours(values: Tensor, pairs: Tensor, to_labels: bool, capacity: int) -> Tensor:
@@ -223,6 +243,7 @@ for _name, _schema in _SCHEMAS.items():
         _library.impl(_name, _dispatch(_name), _key)
     torch.library.register_fake(f"triton_instance_loss::{_name}", globals()[f"_fake_{_name}"], lib=_library)
 
+activate = torch.ops.triton_instance_loss.activate.default
 components = torch.ops.triton_instance_loss.components.default
 find_instances = torch.ops.triton_instance_loss.find_instances.default
 number_instances = torch.ops.triton_instance_loss.number_instances.default

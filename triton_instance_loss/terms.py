@@ -1,211 +1,216 @@
-"""The terms of the family, SPEC section 4, as functions of tables: (B, rows) tensors, one row an instance.
+"""The terms of the family, SPEC section 4, and their gradients, SPEC section 5, as functions of tables.
 
-Unused rows are kept out by masks, so that no shape depends on how many instances there are. A sample without usable
-outputs, or without labels, has one row on that side: the criterion on the whole sample.
+A table is (B, rows) float64, one row an instance; masks keep unused rows out, so that no shape depends on how many
+instances there are. A sample without usable outputs, or without labels, has one row on that side: the criterion on the
+whole sample, in row 0. Everything is linear in what the criteria give, and those are ratios of linear functions, so the
+derivatives are written out here; autograd would take several times as many operations.
 """
 
 import math
-from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from . import checks, ops, quantities
-from .criteria import FusedCriterion, Sums, fused_form
-from .instances import Found, SumTables
+from . import activation, ops, quantities
+from .criteria import FusedCriterion
+from .instances import Found, first_rows
 from .options import Options
 
-
-class InstanceValues(NamedTuple):
-    """The criterion of each instance, and which rows count (at least one a sample)."""
-
-    labels: Tensor  # (B, label rows) float64
-    outputs: Tensor  # (B, output rows) float64
-    label_rows: Tensor  # (B, label rows) bool
-    output_rows: Tensor  # (B, output rows) bool
-
-
-def straight_through(value: Tensor, carrier: Tensor, options: Options) -> Tensor:
-    """`value` in forward; in backward the derivative of `carrier`, or zero with the published gradients."""
-    change = carrier - carrier.detach()
-    return value + (change if options.surrogate else 0.0 * change)
+TERMS = (
+    "pixel",
+    "instance_label",
+    "instance_output",
+    "center",
+    "false_instances",
+    "missed_instances",
+    "proximity",
+)
 
 
-def quantity_of(criterion: Callable[..., Any]) -> int:
-    """The code of the quantity that `criterion` needs; any, if it has no fused form."""
-    form = fused_form(criterion)
-    return form.code if form is not None else quantities.MASS
+@dataclass(frozen=True)
+class Request:
+    """What is wanted of one pass: the terms, in the order of TERMS, and the criteria behind them."""
+
+    names: tuple[str, ...]
+    options: Options
+    pixel: int  # code of activation.py: what the pixel term sees
+    pixel_form: FusedCriterion
+    instance_form: FusedCriterion | None  # None: values are given
+    center_form: FusedCriterion
+    pair_capacity: int
+
+    @property
+    def wants_instances(self) -> bool:
+        """Whether the criterion of each instance is needed."""
+        return not {"instance_label", "instance_output", "proximity"}.isdisjoint(self.names)
+
+    @property
+    def quantity(self) -> int:
+        """Code of the quantity that is summed over instances."""
+        return quantities.MASS if self.instance_form is None else self.instance_form.code
 
 
-def instance_values(found: Found, sums: SumTables, criterion: Callable[..., Any], options: Options) -> InstanceValues:
-    """The criterion of each label and of each kept output; of the whole sample where a side has no instance."""
-    form = fused_form(criterion)
-    if form is not None:
-        if form.code == quantities.CROSS_ENTROPY and not options.hard:
-            checks.probabilities("loss_function_instance", found.activated.a)
-        labels, outputs, whole = _fused_values(found, sums, form)
-    else:
-        labels, outputs, whole = _slow_values(found, criterion, options)
-    labels, label_rows = _with_whole(labels, found.is_label, whole)
-    outputs, output_rows = _with_whole(outputs, found.is_kept, whole)
-    return InstanceValues(labels, outputs, label_rows, output_rows)
+class Sums(NamedTuple):
+    """Results of the operator `sum_instances`."""
+
+    out: Tensor  # (B, output rows, 5)
+    lab: Tensor  # (B, label rows, 5)
+    sample: Tensor  # (B, 3)
+    pairs: Tensor  # (B, slots) int64
 
 
-def _with_whole(values: Tensor, rows: Tensor, whole: Tensor) -> tuple[Tensor, Tensor]:
-    """Values and the rows that count, with the value of the whole sample in row 0 where a sample has no row."""
-    alone = ~rows[:, :1]
-    first = torch.where(alone, whole, values[:, :1])
-    return torch.cat((first, values[:, 1:]), 1), torch.cat((rows[:, :1] | alone, rows[:, 1:]), 1)
+class Slopes(NamedTuple):
+    """Derivatives of a criterion by intersection and by prediction, of the rows of one table."""
+
+    intersection: Tensor
+    prediction: Tensor
 
 
-def _fused_values(found: Found, sums: SumTables, form: FusedCriterion) -> tuple[Tensor, Tensor, Tensor]:
+def value_and_slopes(
+    form: FusedCriterion, voxels: int, intersection: Tensor, prediction: Tensor, label: Tensor, used: Tensor | None = None
+) -> tuple[Tensor, Slopes]:
+    """A criterion from sums, elementwise, and its derivatives; 0 in rows that are not used."""
+    ratio = form.ratio(voxels)
+    below = ratio.below(intersection, prediction, label)
+    above = ratio.above(intersection, prediction, label)
+    if used is not None:
+        # No division by the zeros of unused rows.
+        below, above = torch.where(used, below, 1.0), torch.where(used, above, 0.0)
+    value, scale = above / below, 1.0 / below
+    if used is not None:
+        scale = torch.where(used, scale, 0.0)
+    by_intersection = (ratio.intersection - value * ratio.intersection_below) * scale
+    by_prediction = (ratio.prediction - value * ratio.prediction_below) * scale
+    return value, Slopes(by_intersection, by_prediction)
+
+
+# --- the criterion of each instance -----------------------------------------------------------------------------------
+
+
+class Values(NamedTuple):
+    """The criterion of each label and each kept output, and of whole samples; unused rows are 0."""
+
+    labels: Tensor  # (B, label rows)
+    outputs: Tensor  # (B, output rows)
+    slopes: tuple[Slopes, Slopes, Slopes] | None  # of labels, outputs and (B, 1) whole samples; None: values are given
+
+
+def instance_values(found: Found, sums: Sums, form: FusedCriterion) -> Values:
     """SPEC section 6: everything is sums. Labels, outputs and whole samples are evaluated as rows of one table."""
+    rows = sums.lab.shape[1], sums.out.shape[1], 1
+    is_label, is_kept = first_rows(found.num_labels, rows[0]), first_rows(found.kept, rows[1])
+    sizes = found.lab_geometry[..., ops.SIZE].double()
+    # Label mass of each output, and what its outputs bring into each label.
+    touched = ops.sum_neighbours(sizes, sums.pairs, False, rows[1])
+    excess = ops.sum_neighbours(sums.out[..., ops.EXCESS].contiguous(), sums.pairs, True, rows[0])
+    in_labels = sums.lab[..., ops.COST] + excess
+    in_outputs = sums.out[..., ops.COST]
     missing = quantities.UNPREDICTED[form.code]
-    lab_sizes = found.lab_sizes.double()
-    touched = sums.over_labels(lab_sizes)  # label mass of each output
-    in_labels = sums.lab.cost + sums.over_outputs(sums.out.excess) + missing * (lab_sizes - sums.lab.overlap)
-    in_outputs = sums.out.cost + missing * (touched - sums.out.overlap)
-    whole_intersection, whole_prediction, whole_label = sums.sample.unsqueeze(1).unbind(2)
-
-    used = torch.cat((found.is_label, found.is_kept, torch.ones_like(found.is_label[:, :1])), 1)
-    columns = (
-        (sums.lab.intersection, sums.out.intersection, whole_intersection),
-        (in_labels, in_outputs, whole_prediction),
-        (lab_sizes, touched, whole_label),
-    )
-    # Other rows see ones, so that no formula divides by their zeros.
-    intersection, prediction, label = (torch.where(used, torch.cat(column, 1), 1.0) for column in columns)
-    value = form.value(Sums(intersection, prediction, label, math.prod(found.out_rows.shape[1:])))
-    labels, outputs, whole = torch.where(used, value, 0.0).split((lab_sizes.shape[1], touched.shape[1], 1), 1)
-    return labels, outputs, whole
+    if missing:
+        in_labels = in_labels + missing * (sizes - sums.lab[..., ops.OVERLAP])
+        in_outputs = in_outputs + missing * (touched - sums.out[..., ops.OVERLAP])
+    intersection, prediction, label = sums.sample.unsqueeze(1).unbind(2)
+    intersection = torch.cat((sums.lab[..., ops.INTERSECTION], sums.out[..., ops.INTERSECTION], intersection), 1)
+    prediction = torch.cat((in_labels, in_outputs, prediction), 1)
+    label = torch.cat((sizes, touched, label), 1)
+    alone = ~(is_label[:, :1] & is_kept[:, :1])
+    used = torch.cat((is_label, is_kept, alone), 1)
+    value, slopes = value_and_slopes(form, math.prod(found.out_rows.shape[1:]), intersection, prediction, label, used)
+    labels, outputs, whole = value.split(rows, 1)
+    by = [Slopes(*parts) for parts in zip(slopes[0].split(rows, 1), slopes[1].split(rows, 1), strict=True)]
+    return Values(_with_whole(labels, is_label, whole), _with_whole(outputs, is_kept, whole), (by[0], by[1], by[2]))
 
 
-def _slow_values(found: Found, criterion: Callable[..., Any], options: Options) -> tuple[Tensor, Tensor, Tensor]:
-    """The same values for any criterion, from one pair of full volumes an instance. Reads counts: synchronises."""
-    activated = found.activated
-    a = activated.probabilities
-    if options.hard:
-        a = straight_through(activated.a.to(a.dtype), a, options)
-    shape = a.shape[2:] if options.spatial_dims == 2 else a.shape[1:]
-
-    def call(predicted: Tensor, true: Tensor) -> Tensor:
-        volumes = (volume.reshape(1, 1, *shape) for volume in (predicted, true.to(a.dtype)))
-        return checks.scalar("loss_function_instance", criterion(*volumes)).double()
-
-    labels, outputs, whole = [], [], []
-    for sample in range(a.shape[0]):
-        prediction, y = a[sample], activated.y[sample]
-        out, lab = found.out_rows[sample], found.lab_rows[sample]
-        kept = (out > 0) & (out <= found.kept[sample])
-        whole.append(call(prediction, y))
-        values = []
-        for row in range(1, int(found.num_labels[sample]) + 1):
-            mine = lab == row
-            use = torch.isin(out, out[kept & mine].unique()).to(a.dtype)
-            if options.instance_wise_loss_no_tp:
-                use = use * torch.where(y, mine.to(a.dtype), prediction.detach())
-            values.append(call(prediction * use, mine))
-        labels.append(_fill(values, whole[-1], found.lab_sizes.shape[1]))
-        values = []
-        for row in range(1, int(found.kept[sample]) + 1):
-            mine = out == row
-            values.append(call(prediction * mine, torch.isin(lab, lab[mine & (lab > 0)].unique())))
-        outputs.append(_fill(values, whole[-1], found.out_sizes.shape[1]))
-    return torch.stack(labels), torch.stack(outputs), torch.stack(whole)[:, None]
+def _with_whole(values: Tensor, rows: Tensor, whole: Tensor) -> Tensor:
+    """Values with that of the whole sample in row 0 where a sample has no row."""
+    return torch.cat((torch.where(rows[:, :1], values[:, :1], whole), values[:, 1:]), 1)
 
 
-def _fill(values: list[Tensor], like: Tensor, rows: int) -> Tensor:
-    """`values` in a table of `rows` rows, zeros after them."""
-    rest = like.new_zeros(rows - len(values))
-    return torch.cat((torch.stack(values), rest)) if values else rest
-
-
-def reduce_instances(values: Tensor, rows: Tensor, options: Options) -> Tensor:
-    """Over the instances: the mean of all in the batch, or the mean over samples of each sample's mean or sum."""
-    total = torch.where(rows, values, 0.0).sum(1)
-    count = rows.sum(1)
+def weights(counts: Tensor, options: Options) -> Tensor:
+    """(B,) -> (B, 1): what each row of a sample adds to its reduction; a sample without instances has one row."""
+    counts = counts.clamp(min=1).double()[:, None]
     if options.instance_wise_reduce == "instance":
-        return total.sum() / count.sum()
-    return (total / count if options.reduce_segmentation == "mean" else total).mean()
+        return (1.0 / counts.sum()).expand_as(counts)
+    each = 1.0 / counts if options.reduce_segmentation == "mean" else torch.ones_like(counts)
+    return each / counts.shape[0]
 
 
-def false_instances(found: Found, sums: SumTables, options: Options) -> Tensor:
-    """Output instances that are not correct. Gradient: the mean of a over each output that touches no label."""
-    touches = sums.out.overlap > 0
-    correct = (touches & found.is_kept).sum(1)
-    mean_output = torch.where(found.is_output & ~touches, _mean_output(found, sums), 0.0).sum(1)
-    return _count_or_rate(found.num_outputs - correct, mean_output, found.num_outputs, options)
+# --- counts, centres, distances ---------------------------------------------------------------------------------------
 
 
-def missed_instances(found: Found, sums: SumTables, options: Options) -> Tensor:
-    """Labels that no kept output touches. Gradient: minus the mean of a over each label that no output touches."""
-    detected = (sums.lab.overlap > 0).sum(1)
-    untouched = found.is_label & (sums.lab.touched == 0)
-    mean_output = torch.where(untouched, sums.lab.mass / found.lab_sizes.clamp(min=1), 0.0).sum(1)
-    return _count_or_rate(found.num_labels - detected, -mean_output, found.num_labels, options)
+def _per_voxel(geometry: Tensor) -> Tensor:
+    """(B, rows): one over the size of each instance, the derivative of the mean of a over it."""
+    return 1.0 / geometry[..., ops.SIZE].clamp(min=1).double()
 
 
-def _mean_output(found: Found, sums: SumTables) -> Tensor:
-    """The mean of a over each output instance."""
-    return sums.out.mass / found.out_sizes.clamp(min=1)
+def _share(counts: Tensor, options: Options) -> Tensor:
+    """(B,): what one instance of each sample adds to a count or rate, a mean over samples."""
+    total = counts.double() + options.smoother if options.rate_instead_number else torch.ones_like(counts).double()
+    return 1.0 / (total * counts.shape[0])
 
 
-def _count_or_rate(count: Tensor, carrier: Tensor, total: Tensor, options: Options) -> Tensor:
-    value = straight_through(count.double(), carrier, options)
-    if options.rate_instead_number:
-        value = value / (total.double() + options.smoother)
-    return value.mean()
+def false_instances(found: Found, sums: Sums, options: Options) -> tuple[Tensor, Tensor]:
+    """Outputs that are not correct; and the derivative by their mass, of all that touch no label."""
+    rows = sums.out.shape[1]
+    touches = sums.out[..., ops.OVERLAP] > 0
+    correct = (touches & first_rows(found.kept, rows)).sum(1)
+    share = _share(found.num_outputs, options)
+    false = first_rows(found.num_outputs, rows) & ~touches
+    slope = torch.where(false, share[:, None] * _per_voxel(found.out_geometry), 0.0)
+    return (share * (found.num_outputs - correct)).sum(), slope
 
 
-def center(found: Found, sums: SumTables, criterion: Callable[..., Any], options: Options) -> Tensor:
-    """The criterion on the centre boxes. The height of an output's box has the derivative of the mean of a over it."""
-    shape = list(found.out_rows.shape[1:])
+def missed_instances(found: Found, sums: Sums, options: Options) -> tuple[Tensor, Tensor]:
+    """Labels that no kept output touches; and the derivative by their mass, of all that no output touches."""
+    detected = (sums.lab[..., ops.OVERLAP] > 0).sum(1)
+    share = _share(found.num_labels, options)
+    missed = first_rows(found.num_labels, sums.lab.shape[1]) & (sums.lab[..., ops.TOUCHED] == 0)
+    slope = torch.where(missed, -share[:, None] * _per_voxel(found.lab_geometry), 0.0)
+    return (share * (found.num_labels - detected)).sum(), slope
+
+
+def place_of_centers(shape: torch.Size, options: Options) -> tuple[list[int], list[int]]:
+    """Spatial shape (D, H, W), and how far a centre box reaches along each axis."""
+    size = list(shape[1:])
     # An image is a volume of one plane, which any reach of at least one covers.
-    spatial = shape if options.spatial_dims == 3 else shape[1:]
-    offsets = [math.ceil(size / max(spatial) * options.centroid_offset) for size in spatial]
-    boxes = (found.out_geometry, found.lab_geometry, found.kept, found.num_labels)
-    place = (shape, offsets if options.spatial_dims == 3 else [1, *offsets])
+    spatial = size if options.spatial_dims == 3 else size[1:]
+    offsets = [math.ceil(length / max(spatial) * options.centroid_offset) for length in spatial]
+    return size, offsets if options.spatial_dims == 3 else [1, *offsets]
 
-    mean_output = _mean_output(found, sums)
-    peak = 1.0 + options.smoother
-    heights = straight_through(torch.full_like(mean_output, peak), mean_output, options)
-    form = fused_form(criterion)
-    if form is None:
-        owner, covered = ops.center_volumes(*boxes, *place)
-        return _slow_center(heights, owner, covered, criterion, found, options)
 
-    owned, alone = ops.center_overlaps(*boxes, *place)
-    outside, inside = owned[..., 0].double(), owned[..., 1].double()
+def center(found: Found, form: FusedCriterion, options: Options) -> tuple[Tensor, Tensor]:
+    """The criterion on the centre boxes; and the derivative by the mass of each output, through its box's height."""
+    place = place_of_centers(found.out_rows.shape, options)
+    owned, alone = ops.center_overlaps(
+        found.out_geometry, found.lab_geometry, found.kept, found.num_labels, *place
+    )
+    outside, inside = owned.double().unbind(-1)
     alone = alone.double()
-    heights = torch.where(found.is_kept, heights, 0.0)
-    code = form.code
-    at_label, at_nothing = quantities.phi(code, heights, peak), quantities.phi(code, heights, 0.0)
-    prediction = (inside * at_label + outside * at_nothing).sum(1)
-    prediction = prediction + alone * quantities.phi(code, heights.new_zeros(()), peak)
+    height = torch.full((), 1.0 + options.smoother, dtype=torch.float64, device=owned.device)
+    peak, code = 1.0 + options.smoother, form.code
+    prediction = quantities.phi(code, height, peak) * inside.sum(1) + quantities.phi(code, height, 0.0) * outside.sum(1)
+    prediction = prediction + quantities.phi(code, torch.zeros_like(height), peak) * alone
     label = quantities.truth(code, peak) * (inside.sum(1) + alone)
-    intersection = peak * (heights * inside).sum(1)
-    return form.value(Sums(intersection, prediction, label, math.prod(shape))).mean()
+    intersection = peak * peak * inside.sum(1)
+    value, slopes = value_and_slopes(form, math.prod(place[0]), intersection, prediction, label)
+    at_label, at_nothing = (quantities.phi_derivative(code, height, w) for w in (peak, 0.0))
+    by_height = slopes.intersection[:, None] * peak * inside
+    by_height = by_height + slopes.prediction[:, None] * (at_label * inside + at_nothing * outside)
+    return value.mean(), by_height * _per_voxel(found.out_geometry) / owned.shape[0]
 
 
-def _slow_center(
-    heights: Tensor, owner: Tensor, covered: Tensor, criterion: Callable[..., Any], found: Found, options: Options
-) -> Tensor:
-    """Any criterion on the two center volumes of each sample."""
-    dtype = found.activated.probabilities.dtype
-    peak = 1.0 + options.smoother
-    values = []
-    for sample in range(owner.shape[0]):
-        by_row = torch.cat((heights.new_zeros(1), heights[sample])).to(dtype)
-        out = by_row[owner[sample].long()]
-        lab = covered[sample].to(dtype) * peak
-        shape = out.shape if options.spatial_dims == 3 else out.shape[1:]
-        value = criterion(out.reshape(1, 1, *shape), lab.reshape(1, 1, *shape))
-        values.append(checks.scalar("loss_function_center", value))
-    return torch.stack(values).mean()
+class Distances(NamedTuple):
+    """Proximity and its derivative by the values of labels and of outputs."""
+
+    value: Tensor
+    by_labels: Tensor  # (B, label rows)
+    by_outputs: Tensor  # (B, output rows)
 
 
-def proximity(found: Found, values: InstanceValues, options: Options) -> Tensor:
+def proximity(found: Found, values: Values, options: Options) -> Distances:
     """Squared difference of the instance values of labels and outputs, each weighted by its distance to the nearest."""
     for_outputs, for_labels = ops.proximity_minima(
         found.out_geometry,
@@ -215,6 +220,164 @@ def proximity(found: Found, values: InstanceValues, options: Options) -> Tensor:
         list(found.out_rows.shape[1:]),
         options.spatial_dims == 2,
     )
-    labels = torch.where(values.label_rows, for_labels * values.labels, 0.0).sum(1)
-    outputs = torch.where(values.output_rows, for_outputs * values.outputs, 0.0).sum(1)
-    return ((labels - outputs) ** 2 + torch.where(found.too_many, found.num_outputs, 0)).mean()
+    for_outputs, for_labels = for_outputs[:, : values.outputs.shape[1]], for_labels[:, : values.labels.shape[1]]
+    difference = (for_labels * values.labels).sum(1) - (for_outputs * values.outputs).sum(1)
+    slope = (2.0 / len(difference)) * difference[:, None]
+    value = (difference**2 + torch.where(found.too_many, found.num_outputs, 0)).mean()
+    return Distances(value, slope * for_labels, -slope * for_outputs)
+
+
+# --- together, with their gradient ------------------------------------------------------------------------------------
+
+
+class FusedTerms(torch.autograd.Function):
+    """The terms of a request as a function of the volume that is activated, and of values that are given."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        label_values: Tensor | None,
+        output_values: Tensor | None,
+        labels: Tensor,
+        foreground: Tensor,
+        y: Tensor,
+        pixel_sums: Tensor,
+        health: Tensor,
+        request: Request,
+        *found_tensors: Tensor,
+    ) -> Tensor:
+        """The terms, (number of names,) float64."""
+        found, options, names = Found(*found_tensors), request.options, request.names
+        capacities = found.out_geometry.shape[1], found.lab_geometry.shape[1], request.pair_capacity
+        sums = Sums(
+            *ops.sum_instances(
+                foreground if options.hard else x,
+                y,
+                found.out_rows,
+                found.lab_rows,
+                found.kept,
+                request.quantity,
+                options.instance_wise_loss_no_tp,
+                *capacities,
+            )
+        )
+        terms: dict[str, Tensor] = {}
+        saved: dict[str, Tensor] = {"health": health}
+        if "pixel" in names:
+            value, slopes = value_and_slopes(
+                request.pixel_form, x[0].numel(), *(column for column in pixel_sums.unbind(1))
+            )
+            share = 1.0 / len(value) if request.pixel_form.batch == "mean" else 1.0
+            terms["pixel"] = value.sum() * share
+            saved["pixel"] = torch.stack((*slopes, torch.zeros_like(value)), 1) * share
+        if request.wants_instances:
+            if request.instance_form is None:
+                assert label_values is not None
+                assert output_values is not None
+                values = Values(label_values.double(), output_values.double(), None)
+            else:
+                values = instance_values(found, sums, request.instance_form)
+                assert values.slopes is not None
+                for side, slope in zip(("label", "output", "whole"), values.slopes, strict=True):
+                    saved[f"{side}_by_intersection"], saved[f"{side}_by_prediction"] = slope
+                saved["pairs"] = sums.pairs
+            if "instance_label" in names:
+                saved["instance_label"] = weights(found.num_labels, options)
+                terms["instance_label"] = (saved["instance_label"] * values.labels).sum()
+            if "instance_output" in names:
+                saved["instance_output"] = weights(found.kept, options)
+                terms["instance_output"] = (saved["instance_output"] * values.outputs).sum()
+            if "proximity" in names:
+                terms["proximity"], saved["by_labels"], saved["by_outputs"] = proximity(found, values, options)
+        if "center" in names:
+            terms["center"], saved["center"] = center(found, request.center_form, options)
+        if "false_instances" in names:
+            terms["false_instances"], saved["false_instances"] = false_instances(found, sums, options)
+        if "missed_instances" in names:
+            terms["missed_instances"], saved["missed_instances"] = missed_instances(found, sums, options)
+        ctx.save_for_backward(
+            x, labels, foreground, y, found.out_rows, found.lab_rows, found.kept, found.num_labels, *saved.values()
+        )
+        ctx.names, ctx.request = tuple(saved), request
+        ctx.rows = found.out_geometry.shape[1], found.lab_geometry.shape[1]
+        given = label_values is not None and output_values is not None
+        ctx.values_shapes = (label_values.shape, output_values.shape) if given else None
+        return torch.stack([terms[name] for name in names]) * health
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        """Gradients of the volume and of the values that were given."""
+        x, labels, foreground, y, out_rows, lab_rows, kept, num_labels, *rest = ctx.saved_tensors
+        saved, request = dict(zip(ctx.names, rest, strict=True)), ctx.request
+        options = request.options
+        by_term = dict(zip(request.names, (grad * saved["health"]).unbind(), strict=True))
+
+        nothing = torch.zeros((), dtype=torch.float64, device=x.device)
+        of_labels, of_outputs = _gradients_of_values(by_term, saved, nothing.expand(len(x), 1))
+        out: dict[int, Tensor] = {}
+        lab: dict[int, Tensor] = {}
+        sample = pixel = nothing.expand(len(x), ops.SAMPLE_COLUMNS)
+        if "pixel" in saved and (options.surrogate or request.pixel != activation.HARD):
+            pixel = by_term["pixel"] * saved["pixel"]
+        if options.surrogate:
+            masses = [by_term[name] * saved[name] for name in ("center", "false_instances") if name in saved]
+            if masses:
+                out[ops.MASS] = sum(masses[1:], masses[0])
+            if "missed_instances" in saved:
+                lab[ops.MASS] = by_term["missed_instances"] * saved["missed_instances"]
+        if "pairs" in saved and (options.surrogate or not options.hard):
+            lab[ops.INTERSECTION] = of_labels * saved["label_by_intersection"]
+            lab[ops.COST] = of_labels * saved["label_by_prediction"]
+            out[ops.INTERSECTION] = of_outputs * saved["output_by_intersection"]
+            out[ops.COST] = of_outputs * saved["output_by_prediction"]
+            out[ops.EXCESS] = ops.sum_neighbours(lab[ops.COST], saved["pairs"], False, ctx.rows[0])
+            # Row 0 is the whole sample where there are no instances.
+            whole = torch.where(num_labels[:, None] == 0, of_labels[:, :1], 0.0)
+            whole = whole + torch.where(kept[:, None] == 0, of_outputs[:, :1], 0.0)
+            by_whole = whole * saved["whole_by_intersection"], whole * saved["whole_by_prediction"]
+            sample = torch.cat((*by_whole, torch.zeros_like(whole)), 1)
+
+        def table(columns: dict[int, Tensor], rows: int) -> Tensor:
+            empty = nothing.expand(len(x), rows)
+            return torch.stack([columns.get(column, empty) for column in range(ops.SUMS_COLUMNS)], -1)
+
+        grad_x = ops.sum_instances_backward(
+            table(out, ctx.rows[0]),
+            table(lab, ctx.rows[1]),
+            sample,
+            pixel,
+            x,
+            labels,
+            foreground,
+            y,
+            out_rows,
+            lab_rows,
+            kept,
+            request.quantity,
+            options.instance_wise_loss_no_tp,
+            activation.activation_of(options)[0],
+            request.pixel if "pixel" in saved else activation.NOT_FUSED,
+            request.pixel_form.code,
+        )
+        of_values: tuple[Any, Any] = (None, None)
+        if ctx.values_shapes is not None:
+            shapes = ctx.values_shapes
+            of_values = of_labels.expand(shapes[0]), of_outputs.expand(shapes[1])
+        return (grad_x, *of_values, *(None,) * (6 + len(Found._fields)))
+
+
+def _gradients_of_values(
+    by_term: dict[str, Tensor], saved: dict[str, Tensor], nothing: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What flows into the values of labels and of outputs, (B, rows), or (B, 1) where all rows have the same."""
+    of_labels = of_outputs = nothing
+    if "instance_label" in saved:
+        of_labels = by_term["instance_label"] * saved["instance_label"]
+    if "instance_output" in saved:
+        of_outputs = by_term["instance_output"] * saved["instance_output"]
+    if "proximity" in by_term:
+        of_labels = of_labels + by_term["proximity"] * saved["by_labels"]
+        of_outputs = of_outputs + by_term["proximity"] * saved["by_outputs"]
+    return of_labels, of_outputs

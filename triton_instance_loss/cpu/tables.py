@@ -8,8 +8,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .. import quantities
+from ..activation import NONE
 from ..ops import COST, EXCESS, INTERSECTION, MASS, OVERLAP, SAMPLE_COLUMNS, SUMS_COLUMNS, TOUCHED
 from ..quantities import phi, phi_derivative
+from .activation import pixel_gradient, slope
 
 
 class _Pairs:
@@ -147,16 +149,29 @@ def sum_instances_backward(
     grad_out_sums: Tensor,
     grad_lab_sums: Tensor,
     grad_sample_sums: Tensor,
-    a: Tensor,
+    grad_pixel_sums: Tensor,
+    x: Tensor,
+    labels: Tensor,
+    foreground: Tensor,
     y: Tensor,
     out_rows: Tensor,
     lab_rows: Tensor,
     kept: Tensor,
     quantity: int,
     no_tp: bool,
-    dtype: torch.dtype,
+    activation: int,
+    pixel: int,
+    pixel_quantity: int,
 ) -> Tensor:
     """Operator `sum_instances_backward` (ops.py)."""
+    grad = pixel_gradient(grad_pixel_sums, x, labels, foreground, y, activation, pixel, pixel_quantity)
+    a = x if activation == NONE else foreground
+    for sample, (on_intersection, on_cost, _) in enumerate(grad_sample_sums.tolist()):
+        if on_intersection != 0.0 or on_cost != 0.0:
+            whole, truth = a[sample].to(x.dtype), y[sample].to(x.dtype)
+            by_a = on_intersection * truth + on_cost * phi_derivative(quantity, whole, truth)
+            grad[sample] += by_a * slope(x[sample], activation)
+
     pairs = _Pairs(a, y, out_rows, lab_rows)
     inside, on_label = pairs.kept(kept), pairs.lab > 0
     out = pairs.gather(pairs.out, grad_out_sums)
@@ -171,21 +186,16 @@ def sum_instances_backward(
         of_nothing += out[EXCESS] - cost
 
     if quantity == quantities.MASS:  # both derivatives are 1
-        slope = torch.from_numpy((constant + of_label + of_nothing)[pairs.of_voxel])
+        by_a = torch.from_numpy((constant + of_label + of_nothing)[pairs.of_voxel])
     else:
-        slope = torch.from_numpy(constant[pairs.of_voxel])
-        slope += torch.from_numpy(of_label[pairs.of_voxel]) * phi_derivative(quantity, pairs.a, 1.0)
-        slope += torch.from_numpy(of_nothing[pairs.of_voxel]) * phi_derivative(quantity, pairs.a, 0.0)
+        by_a = torch.from_numpy(constant[pairs.of_voxel])
+        by_a += torch.from_numpy(of_label[pairs.of_voxel]) * phi_derivative(quantity, pairs.a, 1.0)
+        by_a += torch.from_numpy(of_nothing[pairs.of_voxel]) * phi_derivative(quantity, pairs.a, 0.0)
     if no_tp:
         excess = phi_derivative(quantity, pairs.a * pairs.a, 0.0) * pairs.a
-        slope += torch.from_numpy(out[EXCESS][pairs.of_voxel]) * excess.masked_fill(pairs.y, 0.0)
-    grad = torch.zeros(a.shape, dtype=dtype)
-    grad.numpy().reshape(-1)[pairs.voxels] = slope.numpy()
-
-    for sample, (on_intersection, on_cost, _) in enumerate(grad_sample_sums.tolist()):
-        if on_intersection != 0.0 or on_cost != 0.0:
-            whole, truth = a[sample].to(dtype), y[sample].to(dtype)
-            grad[sample] += on_intersection * truth + on_cost * phi_derivative(quantity, whole, truth)
+        by_a += torch.from_numpy(out[EXCESS][pairs.of_voxel]) * excess.masked_fill(pairs.y, 0.0)
+    by_a *= slope(torch.from_numpy(pairs.take(x)), activation)
+    grad.numpy().reshape(-1)[pairs.voxels] += by_a.numpy()
     return grad
 
 

@@ -1,0 +1,75 @@
+"""The slow way: criteria that are no functions of sums, called on full volumes. It reads counts, so it synchronises."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import checks, ops
+from .activation import straight_through
+from .instances import Found
+from .options import Options
+
+Criterion = Callable[..., Any]
+
+
+def instance_values(
+    a: Tensor, y: Tensor, found: Found, criterion: Criterion, options: Options
+) -> tuple[Tensor, Tensor]:
+    """The criterion of each label and of each kept output, from one pair of volumes an instance; (B, rows) float64.
+
+    A sample without labels, or without usable outputs, has the value of the whole sample in row 0 of that side.
+    """
+    shape = a.shape[2:] if options.spatial_dims == 2 else a.shape[1:]
+
+    def call(predicted: Tensor, true: Tensor) -> Tensor:
+        volumes = (volume.reshape(1, 1, *shape) for volume in (predicted, true.to(a.dtype)))
+        return checks.scalar("loss_function_instance", criterion(*volumes)).double()
+
+    labels, outputs = [], []
+    for sample in range(a.shape[0]):
+        prediction, truth = a[sample], y[sample]
+        out, lab = found.out_rows[sample], found.lab_rows[sample]
+        num_labels, num_kept = int(found.num_labels[sample]), int(found.kept[sample])
+        kept = (out > 0) & (out <= num_kept)
+        values = []
+        for row in range(1, num_labels + 1):
+            mine = lab == row
+            use = torch.isin(out, out[kept & mine].unique()).to(a.dtype)
+            if options.instance_wise_loss_no_tp:
+                use = use * torch.where(truth, mine.to(a.dtype), prediction.detach())
+            values.append(call(prediction * use, mine))
+        labels.append(torch.stack(values) if values else call(prediction, truth)[None])
+        values = []
+        for row in range(1, num_kept + 1):
+            mine = out == row
+            values.append(call(prediction * mine, torch.isin(lab, lab[mine & (lab > 0)].unique())))
+        outputs.append(torch.stack(values) if values else call(prediction, truth)[None])
+    return _table(labels), _table(outputs)
+
+
+def _table(samples: list[Tensor]) -> Tensor:
+    return torch.nn.utils.rnn.pad_sequence(samples, batch_first=True)
+
+
+def center(
+    a: Tensor, found: Found, place: tuple[list[int], list[int]], criterion: Criterion, options: Options
+) -> Tensor:
+    """The criterion on the two volumes of centre boxes of each sample."""
+    shape, offsets = place
+    boxes = (found.out_geometry, found.lab_geometry, found.kept, found.num_labels)
+    owner, covered = ops.center_volumes(*boxes, shape, offsets)
+    peak = 1.0 + options.smoother
+    values = []
+    for sample in range(owner.shape[0]):
+        sizes = torch.cat((found.out_geometry.new_ones(1), found.out_geometry[sample, :, ops.SIZE].clamp(min=1)))
+        rows = found.out_rows[sample].flatten().long()
+        means = a.new_zeros(len(sizes)).index_add(0, rows, a[sample].flatten()) / sizes
+        heights = straight_through(torch.full_like(means, peak), means, options)
+        heights = torch.cat((heights.new_zeros(1), heights[1:]))
+        volumes = heights[owner[sample].long()], covered[sample].to(a.dtype) * peak
+        size = shape if options.spatial_dims == 3 else shape[1:]
+        value = criterion(*(volume.reshape(1, 1, *size) for volume in volumes))
+        values.append(checks.scalar("loss_function_center", value))
+    return torch.stack(values).mean()
