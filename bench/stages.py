@@ -1,7 +1,7 @@
 """What a training step is made of: `python -m bench.stages` prints one line a stage; --help says the rest.
 
-Stages: activate (probabilities, foreground), pixel, label (find, number and measure instances), sums (over instances),
-terms (everything on tables, centre boxes, distances) and backward. For each of them
+Stages: find (activate, sums of the pixel term, label, number and measure instances), sums (over instances), terms
+(everything on tables, centre boxes, distances) and backward. For each of them
 
 - launches: kernels of ours, and operations of torch that are no views, each counted once, inside our operators too.
   Without a GPU they are those of the Triton backend in the interpreter on small volumes; the size does not change them.
@@ -33,14 +33,13 @@ from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from triton_instance_loss import InstanceLoss, functional, ops
-from triton_instance_loss.instances import Found
 
 from . import measure, run
 from .cases import Inputs, lesions
 from .entry import SEED
 from .measure import Row
 
-STAGES = ("activate", "pixel", "label", "sums", "terms", "backward")
+STAGES = ("find", "sums", "terms", "backward")
 # Operations that launch nothing: they only make a tensor.
 SILENT = (
     "empty",
@@ -71,9 +70,8 @@ def _watched(begin: Begin) -> Iterator[None]:
 
         return call
 
-    places = [(functional, "activate", "activate"), (functional, "_pixel", "pixel"), (functional, "find", "label")]
     with contextlib.ExitStack() as stack:
-        for owner, attribute, name in [*places, (Found, "sums", "sums")]:
+        for owner, attribute, name in ((functional, "find", "find"), (ops, "sum_instances", "sums")):
             stack.enter_context(mock.patch.object(owner, attribute, announce(name, getattr(owner, attribute))))
         yield
 

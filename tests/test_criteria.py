@@ -8,7 +8,7 @@ import torch
 from monai.losses import DiceCELoss, DiceLoss, GeneralizedDiceLoss, TverskyLoss
 
 from triton_instance_loss import InstanceLoss, criteria
-from triton_instance_loss.criteria import FusedCriterion, fused_form, register_criterion
+from triton_instance_loss.criteria import FusedCriterion, Linear, fused_form, register_criterion
 from triton_instance_loss.functional import instance_segmentation_loss
 
 FUSED = [
@@ -127,7 +127,7 @@ def test_registering_a_form(backend):
         slow = InstanceLoss(None, RelativeError(), RelativeError())(outputs, labels)
     register_criterion(
         RelativeError,
-        lambda loss: FusedCriterion("absolute_error", lambda sums: sums.prediction / (1 + sums.label)),
+        lambda loss: FusedCriterion("absolute_error", Linear(prediction=1), Linear(label=1, constant=1)),
     )
     try:
         with warnings.catch_warnings():
@@ -151,7 +151,13 @@ def test_subclasses_are_not_taken_for_their_parents():
 
 def test_bad_registrations():
     with pytest.raises(ValueError, match=r"quantity must be one of 'mass', .*, got 'entropy'"):
-        FusedCriterion("entropy", lambda sums: sums.label)
+        FusedCriterion("entropy", Linear(label=1))
+    with pytest.raises(ValueError, match=r"batch must be one of 'mean', 'sum', got 'max'"):
+        FusedCriterion("mass", Linear(label=1), batch="max")
+    with pytest.raises(TypeError, match="numerator must be a Linear, got <function"):
+        FusedCriterion("mass", lambda sums: sums.label)
+    with pytest.raises(TypeError, match="denominator must be a Linear, got 2"):
+        FusedCriterion("mass", Linear(label=1), 2)
     with pytest.raises(TypeError, match="fuse must be a callable"):
         register_criterion(RelativeError, None)
     with pytest.raises(TypeError, match=r"loss_type must be a class or its 'module.qualified_name', got 3"):

@@ -29,45 +29,49 @@ def evaluate_terms(
 ) -> dict[str, Tensor]:
     """The terms `names`, each a 0-d tensor; a criterion left out is our Dice. Nothing else is computed."""
     outputs, labels, cc_label_batch = check_and_widen(outputs, labels, cc_label_batch, options)
+    instance, center = instance or DICE, center or DICE
     with torch.autocast(outputs.device.type, enabled=False):
-        x, y_source = to_activate(outputs, options), to_volume(select(labels, options))
-        seen = _what_pixel_sees(pixel, outputs, names, options)
-        pixel_form = fused_form(pixel or DICE) or fused_form(DICE)
-        assert pixel_form is not None
-        foreground, y, pixel_sums, health = ops.activate(
-            x.detach(), y_source, *activation_of(options), seen, pixel_form.code
-        )
+        x, truth = to_activate(outputs, options), to_volume(select(labels, options))
         values: dict[str, Tensor] = {}
+        fused: set[str] = set()
+        seen = _what_pixel_sees(pixel, names, options)
         if "pixel" in names and seen == activation.NOT_FUSED:
-            value = _pixel(outputs, labels, pixel, x, foreground, y, options)
-            values["pixel"] = value * health.to(value.dtype)
+            values["pixel"] = _pixel(outputs, labels, pixel, options)
         if set(names) - {"pixel"}:
-            found, pair_capacity = find(foreground, y, cc_label_batch, options)
-            instance, center = instance or DICE, center or DICE
-            instance_form, center_form = fused_form(instance), fused_form(center)
+            pixel_form, instance_form, center_form = map(fused_form, (pixel or DICE, instance, center))
+            quantity = pixel_form.code if pixel_form else quantities.MASS
+            found, pair_capacity, pixel_sums, health = find(x.detach(), truth, cc_label_batch, (seen, quantity), options)
+            maps = None
+            if instance_form is None or center_form is None:
+                maps = slow.Maps(*ops.row_maps(x.detach(), found.sites))
+                a = activated(x, maps.foreground, options)
             if center_form is None and "center" in names:
-                a = activated(x, foreground, options)
-                place = place_of_centers(x.shape, options)
-                values["center"] = slow.center(a, found, place, center, options) * health.to(a.dtype)
+                values["center"] = slow.center(a, maps, found, place_of_centers(x.shape, options), center, options)
             rest = tuple(name for name in TERMS if name in names and name not in values)
-            request = Request(
-                rest, options, seen, pixel_form, instance_form, center_form or pixel_form, pair_capacity
-            )
+            request = Request(rest, options, seen, pixel_form, instance_form, center_form, pair_capacity)
             given: tuple[Tensor | None, Tensor | None] = (None, None)
-            if request.wants_instances:
-                if instance_form is None:
-                    given = slow.instance_values(activated(x, foreground, options), y, found, instance, options)
-                elif instance_form.code == quantities.CROSS_ENTROPY and not options.hard:
-                    checks.probabilities("loss_function_instance", x)
-            if rest:
-                together: Tensor = FusedTerms.apply(  # type: ignore[no-untyped-call]
-                    x, *given, y_source, foreground, y, pixel_sums, health, request, *found
-                )
-                values.update(zip(rest, together.to(x.dtype).unbind(), strict=True))
-        return {name: values[name] for name in TERMS if name in names}
+            if request.wants_instances and instance_form is None:
+                given = slow.instance_values(a, maps, found, instance, options)
+            elif request.wants_instances and instance_form.code == quantities.CROSS_ENTROPY and not options.hard:
+                checks.probabilities("loss_function_instance", x)
+            together: Tensor = FusedTerms.apply(  # type: ignore[no-untyped-call]
+                x, *given, truth, pixel_sums, health, request, *found[1:], *found.sites
+            )
+            values.update(zip(rest, together.to(x.dtype).unbind(), strict=True))
+            fused = set(rest) if options.activation != "softmax" else set()
+        if set(values) - fused:
+            health = _health(outputs if options.activation == "softmax" else x)
+            values = {name: value if name in fused else value * health for name, value in values.items()}
+        return {name: values[name] for name in TERMS if name in values}
 
 
-def _what_pixel_sees(criterion: Criterion | None, outputs: Tensor, names: Collection[str], options: Options) -> int:
+def _health(outputs: Tensor) -> Tensor:
+    """1, or NaN if any output is NaN or infinite; every term is multiplied by it (that of `find`, where it is fused)."""
+    low, high = torch.aminmax(outputs.detach())
+    return 1.0 + 0.0 * low + 0.0 * high
+
+
+def _what_pixel_sees(criterion: Criterion | None, names: Collection[str], options: Options) -> int:
     """What the pixel term works on if it is evaluated from the sums of the one pass over the volumes."""
     if "pixel" not in names or len(set(names)) == 1:
         return activation.NOT_FUSED
@@ -79,17 +83,15 @@ def _what_pixel_sees(criterion: Criterion | None, outputs: Tensor, names: Collec
     return activation.HARD if options.activation == "softmax" else activation.RAW
 
 
-def _pixel(
-    outputs: Tensor, labels: Tensor, criterion: Criterion | None, x: Tensor, foreground: Tensor, y: Tensor,
-    options: Options,
-) -> Tensor:  # fmt: skip
+def _pixel(outputs: Tensor, labels: Tensor, criterion: Criterion | None, options: Options) -> Tensor:
     """The pixel term: on the raw tensors; with "softmax" on the activated output; by default Dice on probabilities."""
     if criterion is None:
-        return DICE.forward(probabilities(x, options)[:, None], y[:, None])
+        likely = probabilities(to_activate(outputs, options), options)
+        return DICE.forward(likely[:, None], to_volume(select(labels, options))[:, None] == 1)
     labels = labels.to(outputs.dtype)
     if options.activation == "softmax":
-        labels = select(labels, options)
-        outputs = activated(x, foreground, options).view(labels.shape)
+        likely, labels = to_activate(outputs, options), select(labels, options)
+        outputs = activated(likely, likely.detach() >= 1.0 / options.num_out_chn, options).view(labels.shape)
     return checks.scalar("loss_function_pixel", criterion(outputs, labels))
 
 

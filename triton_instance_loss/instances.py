@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .activation import to_volume
+from .activation import activation_of, to_volume
 from .components import capacity_bound, rows_of_tables
 from .options import Options
 
@@ -14,8 +14,7 @@ from .options import Options
 class Found(NamedTuple):
     """The instances of a batch."""
 
-    out_rows: Tensor  # (B, D, H, W) int32: number of the output instance at each voxel, 0 = none
-    lab_rows: Tensor  # (B, D, H, W) int32: number of the label instance at each voxel, 0 = none
+    sites: tuple[Tensor, ...]  # where they are, as the backend likes it
     num_outputs: Tensor  # (B,) int32
     num_labels: Tensor  # (B,) int32
     too_many: Tensor  # (B,) bool: more outputs than mul_too_many for each label
@@ -29,32 +28,31 @@ def first_rows(counts: Tensor, rows: int) -> Tensor:
     return torch.arange(rows, device=counts.device) < counts[:, None]
 
 
-def find(foreground: Tensor, y: Tensor, cc_label_batch: Tensor | None, options: Options) -> tuple[Found, int]:
+def find(
+    x: Tensor, labels: Tensor, cc_label_batch: Tensor | None, pixel: tuple[int, int], options: Options
+) -> tuple[Found, int, Tensor, Tensor]:
     """Label both volumes, number and measure their instances, and decide which outputs are kept.
 
-    Also says how many slots the pairs (kept output, label) that touch need.
+    `pixel` says what the pixel term sees, and the code of its quantity. Also gives how many slots the pairs (kept
+    output, label) that touch need, the sums of the pixel term, and the health of x.
     """
-    pairs = capacity_bound(foreground.shape, options.num_iterations)
-    rows = rows_of_tables(foreground, pairs)
+    out_bound = lab_bound = capacity_bound(x.shape, options.num_iterations)
+    ids = None
+    if cc_label_batch is not None:
+        ids = to_volume(cc_label_batch).long() * (labels == 1)
+        lab_bound = x[0].numel()
+    rows = rows_of_tables(x, out_bound), rows_of_tables(x, lab_bound)
     search = (options.num_iterations or 0, options.min_instance_size)
-    if cc_label_batch is None:
-        # One labelling for both sides: outputs first, then labels.
-        both, counts, geometry = ops.find_instances(torch.cat((foreground, y)), *search, rows)
-        (out_rows, lab_rows), (num_outputs, num_labels) = both.chunk(2), counts.chunk(2)
-        out_geometry, lab_geometry = geometry.chunk(2)
-    else:
-        out_rows, num_outputs, out_geometry = ops.find_instances(foreground, *search, rows)
-        ids = to_volume(cc_label_batch).long() * y
-        pairs = ids[0].numel()
-        lab_rows, num_labels, lab_geometry = ops.number_instances(
-            ids, options.min_instance_size, rows_of_tables(ids, pairs)
-        )
+    sites, pixel_sums, health, num_outputs, num_labels, out_geometry, lab_geometry = ops.find(
+        x, labels, ids, *activation_of(options), *pixel, *search, *rows
+    )
     too_many = (num_labels > 0) & (num_outputs > num_labels.double() * options.mul_too_many)
     kept = num_outputs.clamp(max=options.max_cc_out) if options.max_cc_out else num_outputs
     kept = torch.where(too_many, 0, kept).int()
     # A voxel makes at most one pair, and whole components at most one a 2x2x2 block. The table is a hash set: it is
     # half empty, and a power of two.
-    if rows == 0:
+    pairs = max(out_bound, lab_bound)
+    if rows[0] == 0:
         pairs = min(pairs, out_geometry.shape[1] * lab_geometry.shape[1])
-    found = Found(out_rows, lab_rows, num_outputs, num_labels, too_many, kept, out_geometry, lab_geometry)
-    return found, 2 ** (2 * pairs - 1).bit_length()
+    found = Found(tuple(sites), num_outputs, num_labels, too_many, kept, out_geometry, lab_geometry)
+    return found, 2 ** (2 * pairs - 1).bit_length(), pixel_sums, health

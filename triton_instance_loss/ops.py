@@ -34,15 +34,23 @@ SUMS_COLUMNS = 5
 # (*) without no_tp: EXCESS is phi(a, 0) over the whole output, and a label's COST is phi(a, 1) - phi(a, 0).
 # Columns of the sample table (float64): sums over all voxels of a * y, of phi(a, y) and of y.
 SAMPLE_COLUMNS = 3
+# Lines of the sites of the CPU backend (int64), one column a voxel of the foreground of either side, in linear order:
+# its index in the batch (-1 from the first column that is not used), rows of its instances, bits of cpu/instances.py.
+SITE_LINES = 4
 
 _library = torch.library.Library("triton_instance_loss", "DEF")
 
 _SCHEMAS = {
-    # x float32 or float64, labels of any real dtype that NumPy knows -> foreground of the outputs and y, both bool;
-    # sums (B, 3) float64 of u * w, phi(u, w) and truth w of the pixel term, zeros with pixel=-1; health, 0-d float64:
-    # 1, or NaN if any x is NaN or infinite. The codes are those of activation.py
-    "activate": "(Tensor x, Tensor labels, int activation, float threshold, int pixel, int quantity)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
+    # x float32 or float64, labels of any real dtype but half, precomputed ids (int64, 0 outside y) or none
+    # -> sites: where the instances are, as the same backend's operators below want it; sums (B, 3) float64 of u * w,
+    # phi(u, w) and truth w of the pixel term, zeros with pixel=-1; health, 0-d float64: 1, or NaN if any x is NaN or
+    # infinite; and of both sides counts (B,) int32 and geometry (B, capacity, 10) int64, as in find_instances. The
+    # codes are those of activation.py
+    "find": "(Tensor x, Tensor labels, Tensor? ids, int activation, float threshold, int pixel, int pixel_quantity,"
+    " int num_iterations, int min_size, int out_capacity, int lab_capacity)"
+    " -> (Tensor[], Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    # sites -> foreground of the outputs and y, bool, and the two row maps, int32, as volumes
+    "row_maps": "(Tensor x, Tensor[] sites) -> (Tensor, Tensor, Tensor, Tensor)",
     # mask bool -> ids int32: largest linear index + 1 of the component (0 rounds: whole components), 0 = background
     "components": "(Tensor mask, int num_iterations) -> Tensor",
     # mask bool -> row map int32, counts (B,) int32, geometry (B, capacity, 10) int64; capacity 0: as many rows as the
@@ -50,16 +58,16 @@ _SCHEMAS = {
     "find_instances": "(Tensor mask, int num_iterations, int min_size, int capacity) -> (Tensor, Tensor, Tensor)",
     # the same from given ids (an integer dtype, any positive number): instances are the sets of equal ids
     "number_instances": "(Tensor ids, int min_size, int capacity) -> (Tensor, Tensor, Tensor)",
-    # a bool (hard) or float, y bool, row maps, kept (B,) int32: outputs 1..kept are used individually
-    # -> output sums (B, out_capacity, 5), label sums (B, lab_capacity, 5), sample sums (B, 3), all float64, and
-    #    pairs (B, pair_capacity) int64: each (kept output row, label row) that touch, once, as out << 32 | lab
-    #    (rows counted from 1); 0 = no pair; any order
-    "sum_instances": "(Tensor a, Tensor y, Tensor out_rows, Tensor lab_rows, Tensor kept, int quantity, bool no_tp,"
+    # kept (B,) int32: outputs 1..kept are used individually
+    # -> output sums (B, out_capacity, 5), label sums (B, lab_capacity, 5), sample sums (B, 3; read only of samples
+    #    without labels or kept outputs), all float64, and pairs (B, pair_capacity) int64: each (kept output row, label
+    #    row) that touch, once, as out << 32 | lab (rows counted from 1); 0 = no pair; any order
+    "sum_instances": "(Tensor x, Tensor[] sites, Tensor kept, int activation, int quantity, bool no_tp,"
     " int out_capacity, int lab_capacity, int pair_capacity) -> (Tensor, Tensor, Tensor, Tensor)",
     # gradients of the three tables, and of the sums of the pixel term -> gradient of x, of its shape and dtype
     "sum_instances_backward": "(Tensor grad_out_sums, Tensor grad_lab_sums, Tensor grad_sample_sums,"
-    " Tensor grad_pixel_sums, Tensor x, Tensor labels, Tensor foreground, Tensor y, Tensor out_rows, Tensor lab_rows,"
-    " Tensor kept, int quantity, bool no_tp, int activation, int pixel, int pixel_quantity) -> Tensor",
+    " Tensor grad_pixel_sums, Tensor x, Tensor labels, Tensor[] sites, Tensor kept, int activation, int quantity,"
+    " bool no_tp, int pixel, int pixel_quantity) -> Tensor",
     # values (B, R) float64 of one side -> for each row of the other side, the sum over the rows it is paired with
     "sum_neighbours": "(Tensor values, Tensor pairs, bool to_labels, int capacity) -> Tensor",
     # centre boxes of outputs 1..kept and labels 1..n -> owned (B, out_capacity, 2) int64: voxels whose box of largest
@@ -114,7 +122,8 @@ def backend(tensor: Tensor) -> str:
 
 # Which room of `cpu/` holds an operator, and of `kernels/` its launcher.
 _ROOMS = {
-    "activate": "activation",
+    "find": "instances",
+    "row_maps": "instances",
     "components": "components",
     "find_instances": "components",
     "number_instances": "components",
@@ -141,12 +150,35 @@ def _dispatch(name: str) -> Any:
     return run
 
 
-def _fake_activate(
-    x: Tensor, labels: Tensor, activation: int, threshold: float, pixel: int, quantity: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    sums = x.new_empty((x.shape[0], SAMPLE_COLUMNS), dtype=torch.float64)
-    masks = (x.new_empty(x.shape, dtype=torch.bool) for _ in range(2))
-    return (*masks, sums, x.new_empty((), dtype=torch.float64))
+def _fake_find(
+    x: Tensor,
+    labels: Tensor,
+    ids: Tensor | None,
+    activation: int,
+    threshold: float,
+    pixel: int,
+    pixel_quantity: int,
+    num_iterations: int,
+    min_size: int,
+    out_capacity: int,
+    lab_capacity: int,
+) -> tuple[list[Tensor], Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    batch = x.shape[0]
+    if backend(x) == "cpu":
+        sites = [x.new_empty((SITE_LINES, x.numel()), dtype=torch.int64)]
+    else:
+        sites = list(_fake_row_maps(x, []))
+    sides = (_fake_number_instances(x, min_size, capacity)[1:] for capacity in (out_capacity, lab_capacity))
+    (num_outputs, out_geometry), (num_labels, lab_geometry) = sides
+    pixel_sums = x.new_empty((batch, SAMPLE_COLUMNS), dtype=torch.float64)
+    health = x.new_empty((), dtype=torch.float64)
+    return sites, pixel_sums, health, num_outputs, num_labels, out_geometry, lab_geometry
+
+
+def _fake_row_maps(x: Tensor, sites: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    foreground, y = (x.new_empty(x.shape, dtype=torch.bool) for _ in range(2))
+    out_rows, lab_rows = (x.new_empty(x.shape, dtype=torch.int32) for _ in range(2))
+    return foreground, y, out_rows, lab_rows
 
 
 def _fake_components(mask: Tensor, num_iterations: int) -> Tensor:
@@ -169,23 +201,22 @@ def _fake_number_instances(ids: Tensor, min_size: int, capacity: int) -> tuple[T
 
 
 def _fake_sum_instances(
-    a: Tensor,
-    y: Tensor,
-    out_rows: Tensor,
-    lab_rows: Tensor,
+    x: Tensor,
+    sites: list[Tensor],
     kept: Tensor,
+    activation: int,
     quantity: int,
     no_tp: bool,
     out_capacity: int,
     lab_capacity: int,
     pair_capacity: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    batch = a.shape[0]
+    batch = x.shape[0]
     return (
-        a.new_empty((batch, out_capacity, SUMS_COLUMNS), dtype=torch.float64),
-        a.new_empty((batch, lab_capacity, SUMS_COLUMNS), dtype=torch.float64),
-        a.new_empty((batch, SAMPLE_COLUMNS), dtype=torch.float64),
-        a.new_empty((batch, pair_capacity), dtype=torch.int64),
+        x.new_empty((batch, out_capacity, SUMS_COLUMNS), dtype=torch.float64),
+        x.new_empty((batch, lab_capacity, SUMS_COLUMNS), dtype=torch.float64),
+        x.new_empty((batch, SAMPLE_COLUMNS), dtype=torch.float64),
+        x.new_empty((batch, pair_capacity), dtype=torch.int64),
     )
 
 
@@ -196,14 +227,11 @@ def _fake_sum_instances_backward(
     grad_pixel_sums: Tensor,
     x: Tensor,
     labels: Tensor,
-    foreground: Tensor,
-    y: Tensor,
-    out_rows: Tensor,
-    lab_rows: Tensor,
+    sites: list[Tensor],
     kept: Tensor,
+    activation: int,
     quantity: int,
     no_tp: bool,
-    activation: int,
     pixel: int,
     pixel_quantity: int,
 ) -> Tensor:
@@ -243,7 +271,8 @@ for _name, _schema in _SCHEMAS.items():
         _library.impl(_name, _dispatch(_name), _key)
     torch.library.register_fake(f"triton_instance_loss::{_name}", globals()[f"_fake_{_name}"], lib=_library)
 
-activate = torch.ops.triton_instance_loss.activate.default
+find = torch.ops.triton_instance_loss.find.default
+row_maps = torch.ops.triton_instance_loss.row_maps.default
 components = torch.ops.triton_instance_loss.components.default
 find_instances = torch.ops.triton_instance_loss.find_instances.default
 number_instances = torch.ops.triton_instance_loss.number_instances.default

@@ -1,7 +1,7 @@
 """The slow way: criteria that are no functions of sums, called on full volumes. It reads counts, so it synchronises."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,8 +14,17 @@ from .options import Options
 Criterion = Callable[..., Any]
 
 
+class Maps(NamedTuple):
+    """Where the instances are, as volumes (B, D, H, W)."""
+
+    foreground: Tensor  # bool
+    y: Tensor  # bool
+    out_rows: Tensor  # int32: number of the output instance at each voxel, 0 = none
+    lab_rows: Tensor  # int32
+
+
 def instance_values(
-    a: Tensor, y: Tensor, found: Found, criterion: Criterion, options: Options
+    a: Tensor, maps: Maps, found: Found, criterion: Criterion, options: Options
 ) -> tuple[Tensor, Tensor]:
     """The criterion of each label and of each kept output, from one pair of volumes an instance; (B, rows) float64.
 
@@ -29,8 +38,8 @@ def instance_values(
 
     labels, outputs = [], []
     for sample in range(a.shape[0]):
-        prediction, truth = a[sample], y[sample]
-        out, lab = found.out_rows[sample], found.lab_rows[sample]
+        prediction, truth = a[sample], maps.y[sample]
+        out, lab = maps.out_rows[sample], maps.lab_rows[sample]
         num_labels, num_kept = int(found.num_labels[sample]), int(found.kept[sample])
         kept = (out > 0) & (out <= num_kept)
         values = []
@@ -54,7 +63,7 @@ def _table(samples: list[Tensor]) -> Tensor:
 
 
 def center(
-    a: Tensor, found: Found, place: tuple[list[int], list[int]], criterion: Criterion, options: Options
+    a: Tensor, maps: Maps, found: Found, place: tuple[list[int], list[int]], criterion: Criterion, options: Options
 ) -> Tensor:
     """The criterion on the two volumes of centre boxes of each sample."""
     shape, offsets = place
@@ -64,7 +73,7 @@ def center(
     values = []
     for sample in range(owner.shape[0]):
         sizes = torch.cat((found.out_geometry.new_ones(1), found.out_geometry[sample, :, ops.SIZE].clamp(min=1)))
-        rows = found.out_rows[sample].flatten().long()
+        rows = maps.out_rows[sample].flatten().long()
         means = a.new_zeros(len(sizes)).index_add(0, rows, a[sample].flatten()) / sizes
         heights = straight_through(torch.full_like(means, peak), means, options)
         heights = torch.cat((heights.new_zeros(1), heights[1:]))

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import activation, ops, quantities
 from .criteria import FusedCriterion
@@ -37,9 +36,9 @@ class Request:
     names: tuple[str, ...]
     options: Options
     pixel: int  # code of activation.py: what the pixel term sees
-    pixel_form: FusedCriterion
+    pixel_form: FusedCriterion | None  # None, if the term is not among them
     instance_form: FusedCriterion | None  # None: values are given
-    center_form: FusedCriterion
+    center_form: FusedCriterion | None  # None, if the term is not among them
     pair_capacity: int
 
     @property
@@ -51,6 +50,11 @@ class Request:
     def quantity(self) -> int:
         """Code of the quantity that is summed over instances."""
         return quantities.MASS if self.instance_form is None else self.instance_form.code
+
+    @property
+    def pixel_quantity(self) -> int:
+        """Code of the quantity that is summed for the pixel term."""
+        return quantities.MASS if self.pixel_form is None else self.pixel_form.code
 
 
 class Sums(NamedTuple):
@@ -98,7 +102,7 @@ class Values(NamedTuple):
     slopes: tuple[Slopes, Slopes, Slopes] | None  # of labels, outputs and (B, 1) whole samples; None: values are given
 
 
-def instance_values(found: Found, sums: Sums, form: FusedCriterion) -> Values:
+def instance_values(found: Found, sums: Sums, form: FusedCriterion, voxels: int) -> Values:
     """SPEC section 6: everything is sums. Labels, outputs and whole samples are evaluated as rows of one table."""
     rows = sums.lab.shape[1], sums.out.shape[1], 1
     is_label, is_kept = first_rows(found.num_labels, rows[0]), first_rows(found.kept, rows[1])
@@ -118,7 +122,7 @@ def instance_values(found: Found, sums: Sums, form: FusedCriterion) -> Values:
     label = torch.cat((sizes, touched, label), 1)
     alone = ~(is_label[:, :1] & is_kept[:, :1])
     used = torch.cat((is_label, is_kept, alone), 1)
-    value, slopes = value_and_slopes(form, math.prod(found.out_rows.shape[1:]), intersection, prediction, label, used)
+    value, slopes = value_and_slopes(form, voxels, intersection, prediction, label, used)
     labels, outputs, whole = value.split(rows, 1)
     by = [Slopes(*parts) for parts in zip(slopes[0].split(rows, 1), slopes[1].split(rows, 1), strict=True)]
     return Values(_with_whole(labels, is_label, whole), _with_whole(outputs, is_kept, whole), (by[0], by[1], by[2]))
@@ -181,9 +185,9 @@ def place_of_centers(shape: torch.Size, options: Options) -> tuple[list[int], li
     return size, offsets if options.spatial_dims == 3 else [1, *offsets]
 
 
-def center(found: Found, form: FusedCriterion, options: Options) -> tuple[Tensor, Tensor]:
+def center(found: Found, form: FusedCriterion, shape: torch.Size, options: Options) -> tuple[Tensor, Tensor]:
     """The criterion on the centre boxes; and the derivative by the mass of each output, through its box's height."""
-    place = place_of_centers(found.out_rows.shape, options)
+    place = place_of_centers(shape, options)
     owned, alone = ops.center_overlaps(
         found.out_geometry, found.lab_geometry, found.kept, found.num_labels, *place
     )
@@ -210,14 +214,14 @@ class Distances(NamedTuple):
     by_outputs: Tensor  # (B, output rows)
 
 
-def proximity(found: Found, values: Values, options: Options) -> Distances:
+def proximity(found: Found, values: Values, shape: torch.Size, options: Options) -> Distances:
     """Squared difference of the instance values of labels and outputs, each weighted by its distance to the nearest."""
     for_outputs, for_labels = ops.proximity_minima(
         found.out_geometry,
         found.lab_geometry,
         found.kept,
         found.num_labels,
-        list(found.out_rows.shape[1:]),
+        list(shape[1:]),
         options.spatial_dims == 2,
     )
     for_outputs, for_labels = for_outputs[:, : values.outputs.shape[1]], for_labels[:, : values.labels.shape[1]]
@@ -230,6 +234,20 @@ def proximity(found: Found, values: Values, options: Options) -> Distances:
 # --- together, with their gradient ------------------------------------------------------------------------------------
 
 
+class _OnceDifferentiable(torch.autograd.Function):
+    """A gradient that raises when it is differentiated. (torch's `once_differentiable` looks at what flows in alone.)"""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, x: Tensor) -> Tensor:
+        """The gradient; `x` connects it to the graph."""
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        """There is no second derivative."""
+        raise RuntimeError("trying to differentiate twice a loss that has a first derivative only")
+
+
 class FusedTerms(torch.autograd.Function):
     """The terms of a request as a function of the volume that is activated, and of values that are given."""
 
@@ -240,23 +258,22 @@ class FusedTerms(torch.autograd.Function):
         label_values: Tensor | None,
         output_values: Tensor | None,
         labels: Tensor,
-        foreground: Tensor,
-        y: Tensor,
         pixel_sums: Tensor,
         health: Tensor,
         request: Request,
-        *found_tensors: Tensor,
+        *tensors: Tensor,
     ) -> Tensor:
-        """The terms, (number of names,) float64."""
-        found, options, names = Found(*found_tensors), request.options, request.names
+        """The terms, (number of names,) float64; `tensors` are those of `Found`, its sites last."""
+        options, names = request.options, request.names
+        rest = len(Found._fields) - 1
+        found = Found(tensors[rest:], *tensors[:rest])
         capacities = found.out_geometry.shape[1], found.lab_geometry.shape[1], request.pair_capacity
         sums = Sums(
             *ops.sum_instances(
-                foreground if options.hard else x,
-                y,
-                found.out_rows,
-                found.lab_rows,
+                x,
+                found.sites,
                 found.kept,
+                activation.activation_of(options)[0],
                 request.quantity,
                 options.instance_wise_loss_no_tp,
                 *capacities,
@@ -265,6 +282,7 @@ class FusedTerms(torch.autograd.Function):
         terms: dict[str, Tensor] = {}
         saved: dict[str, Tensor] = {"health": health}
         if "pixel" in names:
+            assert request.pixel_form is not None
             value, slopes = value_and_slopes(
                 request.pixel_form, x[0].numel(), *(column for column in pixel_sums.unbind(1))
             )
@@ -277,7 +295,7 @@ class FusedTerms(torch.autograd.Function):
                 assert output_values is not None
                 values = Values(label_values.double(), output_values.double(), None)
             else:
-                values = instance_values(found, sums, request.instance_form)
+                values = instance_values(found, sums, request.instance_form, x[0].numel())
                 assert values.slopes is not None
                 for side, slope in zip(("label", "output", "whole"), values.slopes, strict=True):
                     saved[f"{side}_by_intersection"], saved[f"{side}_by_prediction"] = slope
@@ -289,28 +307,37 @@ class FusedTerms(torch.autograd.Function):
                 saved["instance_output"] = weights(found.kept, options)
                 terms["instance_output"] = (saved["instance_output"] * values.outputs).sum()
             if "proximity" in names:
-                terms["proximity"], saved["by_labels"], saved["by_outputs"] = proximity(found, values, options)
+                terms["proximity"], saved["by_labels"], saved["by_outputs"] = proximity(found, values, x.shape, options)
         if "center" in names:
-            terms["center"], saved["center"] = center(found, request.center_form, options)
+            assert request.center_form is not None
+            terms["center"], saved["center"] = center(found, request.center_form, x.shape, options)
         if "false_instances" in names:
             terms["false_instances"], saved["false_instances"] = false_instances(found, sums, options)
         if "missed_instances" in names:
             terms["missed_instances"], saved["missed_instances"] = missed_instances(found, sums, options)
-        ctx.save_for_backward(
-            x, labels, foreground, y, found.out_rows, found.lab_rows, found.kept, found.num_labels, *saved.values()
-        )
+        ctx.save_for_backward(x, labels, found.kept, found.num_labels, *found.sites, *saved.values())
         ctx.names, ctx.request = tuple(saved), request
         ctx.rows = found.out_geometry.shape[1], found.lab_geometry.shape[1]
         given = label_values is not None and output_values is not None
+        ctx.inputs = len(tensors)
         ctx.values_shapes = (label_values.shape, output_values.shape) if given else None
         return torch.stack([terms[name] for name in names]) * health
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         """Gradients of the volume and of the values that were given."""
-        x, labels, foreground, y, out_rows, lab_rows, kept, num_labels, *rest = ctx.saved_tensors
-        saved, request = dict(zip(ctx.names, rest, strict=True)), ctx.request
+        with torch.no_grad():
+            grads = FusedTerms._gradients(ctx, grad)
+        if torch.is_grad_enabled():  # a graph of the backward was asked for
+            x = ctx.saved_tensors[0]
+            grads = tuple(None if each is None else _OnceDifferentiable.apply(each, x) for each in grads)
+        return (*grads, *(None,) * (4 + ctx.inputs))
+
+    @staticmethod
+    def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x, labels, kept, num_labels, *rest = ctx.saved_tensors
+        request, sites = ctx.request, rest[: len(rest) - len(ctx.names)]
+        saved = dict(zip(ctx.names, rest[len(sites) :], strict=True))
         options = request.options
         by_term = dict(zip(request.names, (grad * saved["health"]).unbind(), strict=True))
 
@@ -350,22 +377,17 @@ class FusedTerms(torch.autograd.Function):
             pixel,
             x,
             labels,
-            foreground,
-            y,
-            out_rows,
-            lab_rows,
+            sites,
             kept,
+            activation.activation_of(options)[0],
             request.quantity,
             options.instance_wise_loss_no_tp,
-            activation.activation_of(options)[0],
             request.pixel if "pixel" in saved else activation.NOT_FUSED,
-            request.pixel_form.code,
+            request.pixel_quantity,
         )
-        of_values: tuple[Any, Any] = (None, None)
-        if ctx.values_shapes is not None:
-            shapes = ctx.values_shapes
-            of_values = of_labels.expand(shapes[0]), of_outputs.expand(shapes[1])
-        return (grad_x, *of_values, *(None,) * (6 + len(Found._fields)))
+        if ctx.values_shapes is None:
+            return grad_x, None, None
+        return grad_x, of_labels.expand(ctx.values_shapes[0]), of_outputs.expand(ctx.values_shapes[1])
 
 
 def _gradients_of_values(

@@ -4,7 +4,8 @@ The foreground is cut into *runs*, voxels in a row along the last axis. Runs are
 touches, how large an instance is and where it lies follows from their ends.
 """
 
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,63 +28,92 @@ class _Runs(NamedTuple):
     first: Indices  # first voxel of each run
     last: Indices  # last voxel of each run
 
-    def fill(self, shape: tuple[int, ...], values: Indices) -> Tensor:
-        """Make a volume (int32) that holds the value of its run at each voxel, 0 elsewhere."""
-        # Zeros from the system come without touching the memory, which here stays untouched for the most part.
-        volume = np.zeros(shape, dtype=np.int32)
-        volume.reshape(-1)[self.voxels] = np.repeat(values, self.last - self.first + 1)
-        return torch.from_numpy(volume)
+    def spread(self, values: Indices) -> Indices:
+        """From a value a run to one a voxel."""
+        return np.repeat(values, self.last - self.first + 1)
 
 
-def _cut(volume: NDArray[np.generic]) -> _Runs:
-    """Cut the non-zero voxels of (B, D, H, W) into runs of one value."""
-    voxels = np.flatnonzero(volume if volume.dtype == np.bool_ else volume != 0)
+def _cut(voxels: Indices, width: int, ids: NDArray[Any] | None = None) -> _Runs:
+    """Cut voxels into runs, of one id if ids are given."""
     begins = np.ones(len(voxels), dtype=bool)
     begins[1:] = np.diff(voxels) != 1
-    begins |= voxels % volume.shape[-1] == 0
-    if volume.dtype != np.bool_:
-        values = volume.reshape(-1)[voxels]
-        begins[1:] |= values[1:] != values[:-1]
+    begins |= voxels % width == 0
+    if ids is not None:
+        begins[1:] |= ids[1:] != ids[:-1]
     at = np.flatnonzero(begins)
     return _Runs(voxels, voxels[at], voxels[np.append(at[1:], len(voxels)) - 1] if len(voxels) else voxels)
 
 
+def fill(shape: tuple[int, ...], voxels: Indices, values: NDArray[Any]) -> Tensor:
+    """Make a volume (int32) that holds the values of its voxels, 0 elsewhere."""
+    volume = np.zeros(shape, dtype=np.int32)
+    volume.reshape(-1)[voxels] = values
+    return torch.from_numpy(volume)
+
+
 def components(mask: Tensor, num_iterations: int) -> Tensor:
     """Operator `components` (ops.py)."""
-    if num_iterations > 0:
-        return _propagate(mask, num_iterations)
-    runs = _cut(mask.numpy())
-    return _ids(runs, _label(runs, mask), mask)
+    voxels, shape = np.flatnonzero(mask.numpy()), tuple(mask.shape)
+    return fill(shape, voxels, find_ids(voxels, shape, num_iterations))
 
 
 def find_instances(mask: Tensor, num_iterations: int, min_size: int, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
     """Operator `find_instances` (ops.py)."""
-    if num_iterations > 0:
-        return number_instances(_propagate(mask, num_iterations), min_size, capacity)
-    runs = _cut(mask.numpy())
-    names = _label(runs, mask)
-    largest = _largest_voxel(runs, names)
-    return _number(runs, names, largest, largest // mask[0].numel(), mask.shape, min_size, capacity)
+    voxels, shape = np.flatnonzero(mask.numpy()), tuple(mask.shape)
+    rows, counts, geometry = find_rows(voxels, shape, num_iterations, min_size, capacity)
+    return fill(shape, voxels, rows), counts, geometry
 
 
 def number_instances(ids: Tensor, min_size: int, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
     """Operator `number_instances` (ops.py)."""
-    runs = _cut(ids.numpy())
-    keys = np.stack((runs.first // ids[0].numel(), ids.numpy().reshape(-1)[runs.first].astype(np.int64)))
+    voxels, shape = np.flatnonzero(ids.numpy() != 0), tuple(ids.shape)
+    rows, counts, geometry = number_rows(voxels, ids.numpy().reshape(-1)[voxels], shape, min_size, capacity)
+    return fill(shape, voxels, rows), counts, geometry
+
+
+def find_ids(voxels: Indices, shape: tuple[int, ...], num_iterations: int) -> Indices:
+    """The id of the component of each voxel of a foreground."""
+    runs = _cut(voxels, shape[-1])
+    names = _label(runs, shape)
+    ids = runs.spread((_largest_voxel(runs, names) % math.prod(shape[1:]) + 1)[names])
+    return _propagate(runs, names, ids, shape, num_iterations) if num_iterations > 0 else ids
+
+
+def find_rows(
+    voxels: Indices, shape: tuple[int, ...], num_iterations: int, min_size: int, capacity: int
+) -> tuple[Indices, Tensor, Tensor]:
+    """Row of the instance of each voxel of a foreground; counts and geometry of the instances."""
+    if num_iterations > 0:
+        return number_rows(voxels, find_ids(voxels, shape, num_iterations), shape, min_size, capacity)
+    runs = _cut(voxels, shape[-1])
+    names = _label(runs, shape)
+    largest = _largest_voxel(runs, names)
+    return _number(runs, names, largest, largest // math.prod(shape[1:]), shape, min_size, capacity)
+
+
+def number_rows(
+    voxels: Indices, ids: NDArray[Any], shape: tuple[int, ...], min_size: int, capacity: int
+) -> tuple[Indices, Tensor, Tensor]:
+    """The same, of given ids."""
+    runs = _cut(voxels, shape[-1], ids)
+    of_run = ids[np.searchsorted(voxels, runs.first)].astype(np.int64)
+    keys = np.stack((runs.first // math.prod(shape[1:]), of_run))
     keys, names = np.unique(keys, axis=1, return_inverse=True)  # in the order of (sample, id)
     order = np.arange(keys.shape[1])
-    return _number(runs, names.reshape(-1), order, keys[0], ids.shape, min_size, capacity)
+    return _number(runs, names.reshape(-1), order, keys[0], shape, min_size, capacity)
 
 
-def _label(runs: _Runs, mask: Tensor) -> Indices:
+def _label(runs: _Runs, shape: tuple[int, ...]) -> Indices:
     """Name the component of each run, 0..n-1 in any order."""
-    if len(runs.voxels) <= SPARSE_FRACTION * mask.numel():
-        return _join(runs, mask.shape)
+    if len(runs.voxels) <= SPARSE_FRACTION * math.prod(shape):
+        return _join(runs, shape)
     from scipy import ndimage
 
-    labelled = np.empty(mask.shape, dtype=np.int32)
+    mask = np.zeros(shape, dtype=bool)
+    mask.reshape(-1)[runs.voxels] = True
+    labelled = np.empty(shape, dtype=np.int32)
     count = 0
-    for sample, output in zip(mask.numpy(), labelled, strict=True):
+    for sample, output in zip(mask, labelled, strict=True):
         found = ndimage.label(sample, structure=np.ones((3, 3, 3)), output=output)
         output += count
         count += found
@@ -126,27 +156,20 @@ def _largest_voxel(runs: _Runs, names: Indices) -> Indices:
     return largest
 
 
-def _ids(runs: _Runs, names: Indices, mask: Tensor) -> Tensor:
-    """Each component called by its largest voxel in its sample, from 1."""
-    return runs.fill(mask.shape, _largest_voxel(runs, names)[names] % mask[0].numel() + 1)
-
-
-def _propagate(mask: Tensor, rounds: int) -> Tensor:
-    """`rounds` of 3x3x3 max-pooling of the linear indices (from 1) inside the mask."""
+def _propagate(runs: _Runs, names: Indices, ids: Indices, shape: tuple[int, ...], rounds: int) -> Indices:
+    """What `rounds` of 3x3x3 max-pooling of the linear indices (from 1) leave of components called `ids`."""
     from scipy import ndimage
 
-    runs = _cut(mask.numpy())
-    names = _label(runs, mask)
-    ids = _ids(runs, names, mask)
     sizes = np.bincount(names, weights=runs.last - runs.first + 1)
-    named = runs.fill(mask.shape, names + 1).numpy()
-    index = np.arange(1, mask[0].numel() + 1, dtype=np.int32).reshape(1, *mask.shape[1:])
+    named = fill(shape, runs.voxels, runs.spread(names + 1)).numpy()
+    pooled = fill(shape, runs.voxels, ids).numpy()
+    index = np.arange(1, math.prod(shape[1:]) + 1, dtype=np.int32).reshape(1, *shape[1:])
     for name, box in enumerate(ndimage.find_objects(named)):
         # A component of at most rounds + 1 voxels is no wider than `rounds` steps, and stays whole.
         if sizes[name] > rounds + 1:
             inside = named[box] == name + 1
-            ids.numpy()[box][inside] = _pool(index[0][box[1:]][None], inside, rounds)[inside]
-    return ids
+            pooled[box][inside] = _pool(index[0][box[1:]][None], inside, rounds)[inside]
+    return pooled.reshape(-1)[runs.voxels].astype(np.int64)
 
 
 def _pool(values: NDArray[np.int32], inside: NDArray[np.bool_], rounds: int) -> NDArray[np.int32]:
@@ -175,8 +198,8 @@ def _number(
     shape: tuple[int, ...],
     min_size: int,
     capacity: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Row map, counts and geometry of named runs; names (of `samples`) are numbered by `order`."""
+) -> tuple[Indices, Tensor, Tensor]:
+    """Rows of voxels, counts and geometry of named runs; names (of `samples`) are numbered by `order`."""
     sizes = np.bincount(names, weights=runs.last - runs.first + 1, minlength=len(order))
     large = sizes > min_size
     counts = np.bincount(samples[large], minlength=shape[0])
@@ -186,7 +209,7 @@ def _number(
     row_of_name[ranked] = np.arange(len(ranked)) - (np.cumsum(counts) - counts)[samples[ranked]] + 1
     rows = row_of_name[names]
     geometry = _measure(runs, rows, shape, capacity or max(1, int(counts.max())))
-    return runs.fill(shape, rows), torch.from_numpy(counts.astype(np.int32)), torch.from_numpy(geometry)
+    return runs.spread(rows), torch.from_numpy(counts.astype(np.int32)), torch.from_numpy(geometry)
 
 
 def _measure(runs: _Runs, rows: Indices, shape: tuple[int, ...], capacity: int) -> NDArray[np.int64]:

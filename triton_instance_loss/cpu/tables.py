@@ -12,39 +12,33 @@ from ..activation import NONE
 from ..ops import COST, EXCESS, INTERSECTION, MASS, OVERLAP, SAMPLE_COLUMNS, SUMS_COLUMNS, TOUCHED
 from ..quantities import phi, phi_derivative
 from .activation import pixel_gradient, slope
+from .instances import LAB, OUT, Sites, row_maps
 
 
 class _Pairs:
-    """The foreground voxels, gathered by the pair (output row, label row) that they belong to; 0 = none.
+    """The sites, gathered by the pair (output row, label row) that they belong to; 0 = none.
 
     All voxels of a pair go the same way, so voxels are summed by pair, and the few pairs are sorted into the tables.
     """
 
-    def __init__(self, a: Tensor, y: Tensor, out_rows: Tensor, lab_rows: Tensor) -> None:
-        # Instances lie inside these masks, and bytes are quicker to search than row maps.
-        foreground = (a | y) if a.dtype == torch.bool else (out_rows | lab_rows) != 0
-        self.voxels = np.flatnonzero(foreground.numpy())
-        batch, volume = a.shape[0], a[0].numel()
-        out, lab = self.take(out_rows), self.take(lab_rows)
-        rows = (int(out.max(initial=0)) + 1, int(lab.max(initial=0)) + 1)
-        key = out * np.int64(rows[1]) + lab
-        if batch > 1:
+    def __init__(self, x: Tensor, sites: Sites, activation: int) -> None:
+        self.voxels = sites.voxels
+        volume = x[0].numel()
+        rows = (int(sites.out.max(initial=0)) + 1, int(sites.lab.max(initial=0)) + 1)
+        key = sites.out * rows[1] + sites.lab
+        if len(x) > 1:
             key += self.voxels // volume * (rows[0] * rows[1])
-        if batch * rows[0] * rows[1] <= len(key):
-            self.of_voxel, pairs = key, np.arange(batch * rows[0] * rows[1])
+        if len(x) * rows[0] * rows[1] <= len(key):
+            self.of_voxel, pairs = key, np.arange(len(x) * rows[0] * rows[1])
         else:
             pairs, self.of_voxel = np.unique(key, return_inverse=True)
         sample_out, self.lab = np.divmod(pairs, rows[1])
         self.sample, self.out = np.divmod(sample_out, rows[0])
         self.sizes = np.bincount(self.of_voxel, minlength=len(pairs))
-        values = torch.from_numpy(self.take(a))
-        self.a = values.float() if values.dtype == torch.bool else values
-        self.y = torch.from_numpy(self.take(y))
-
-    def take(self, volume: Tensor) -> NDArray[Any]:
-        """The values of `volume` at the voxels."""
-        taken: NDArray[Any] = volume.numpy().reshape(-1)[self.voxels]
-        return taken
+        is_output = (sites.bits & OUT) != 0
+        values = x.numpy().reshape(-1)[self.voxels] if activation == NONE else is_output.astype(np.float32)
+        self.a = torch.from_numpy(values)
+        self.y = torch.from_numpy((sites.bits & LAB) != 0)
 
     def kept(self, kept: Tensor) -> NDArray[np.bool_]:
         """Which pairs lie inside a kept output."""
@@ -75,11 +69,10 @@ class _Pairs:
 
 
 def sum_instances(
-    a: Tensor,
-    y: Tensor,
-    out_rows: Tensor,
-    lab_rows: Tensor,
+    x: Tensor,
+    sites: list[Tensor],
     kept: Tensor,
+    activation: int,
     quantity: int,
     no_tp: bool,
     out_capacity: int,
@@ -87,8 +80,9 @@ def sum_instances(
     pair_capacity: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Operator `sum_instances` (ops.py)."""
-    pairs = _Pairs(a, y, out_rows, lab_rows)
-    batch = a.shape[0]
+    read = Sites.read(sites[0])
+    pairs = _Pairs(x, read, activation)
+    batch = len(x)
     inside, on_label = pairs.kept(kept), pairs.lab > 0
     mass = pairs.sum(pairs.a)
     if quantity == quantities.MASS:  # phi is a itself
@@ -124,24 +118,22 @@ def sum_instances(
     return (
         pairs.table(pairs.out, out_capacity, batch, out_columns),
         pairs.table(pairs.lab, lab_capacity, batch, lab_columns),
-        _sample_sums(a, y, quantity),
+        _sample_sums(x, read, pairs, activation, quantity),
         touching,
     )
 
 
-def _sample_sums(a: Tensor, y: Tensor, quantity: int) -> Tensor:
+def _sample_sums(x: Tensor, sites: Sites, pairs: _Pairs, activation: int, quantity: int) -> Tensor:
     """Sums of a * y, phi(a, y) and y over each sample."""
-    sums = torch.zeros((a.shape[0], SAMPLE_COLUMNS), dtype=torch.float64)
-    for sample, (values, truth) in enumerate(zip(a.flatten(1), y.flatten(1), strict=True)):
-        labelled = np.flatnonzero(truth.numpy())
-        on_label = torch.from_numpy(values.numpy()[labelled]).double()
-        if a.dtype == torch.bool:
-            one = torch.ones((), dtype=torch.float64)
-            cost = int(np.count_nonzero(values.numpy())) * phi(quantity, one, 0.0)
-        else:
-            cost = phi(quantity, values, 0.0).sum(dtype=torch.float64)
-        cost = cost + (phi(quantity, on_label, 1.0) - phi(quantity, on_label, 0.0)).sum()
-        sums[sample, 0], sums[sample, 1], sums[sample, 2] = on_label.sum(), cost, float(len(labelled))
+    sums = torch.zeros((len(x), SAMPLE_COLUMNS), dtype=torch.float64)
+    sample = torch.from_numpy(sites.voxels // x[0].numel())
+    a, truth = pairs.a.double(), pairs.y.double()
+    cost = phi(quantity, a, truth)
+    if activation == NONE:  # elsewhere a is not 0
+        sums[:, 1] = phi(quantity, x, 0.0).sum(-1, dtype=torch.float64).sum((1, 2))
+        cost = cost - phi(quantity, a, 0.0)
+    for column, values in enumerate((a * truth, cost, truth)):
+        sums[:, column].index_add_(0, sample, values)
     return sums
 
 
@@ -152,27 +144,27 @@ def sum_instances_backward(
     grad_pixel_sums: Tensor,
     x: Tensor,
     labels: Tensor,
-    foreground: Tensor,
-    y: Tensor,
-    out_rows: Tensor,
-    lab_rows: Tensor,
+    sites: list[Tensor],
     kept: Tensor,
+    activation: int,
     quantity: int,
     no_tp: bool,
-    activation: int,
     pixel: int,
     pixel_quantity: int,
 ) -> Tensor:
     """Operator `sum_instances_backward` (ops.py)."""
-    grad = pixel_gradient(grad_pixel_sums, x, labels, foreground, y, activation, pixel, pixel_quantity)
-    a = x if activation == NONE else foreground
-    for sample, (on_intersection, on_cost, _) in enumerate(grad_sample_sums.tolist()):
-        if on_intersection != 0.0 or on_cost != 0.0:
-            whole, truth = a[sample].to(x.dtype), y[sample].to(x.dtype)
-            by_a = on_intersection * truth + on_cost * phi_derivative(quantity, whole, truth)
-            grad[sample] += by_a * slope(x[sample], activation)
+    read = Sites.read(sites[0])
+    grad = pixel_gradient(grad_pixel_sums, x, read.foreground(labels), activation, pixel, pixel_quantity)
+    if bool(grad_sample_sums.any()):
+        _, y, _, _ = maps = row_maps(x, sites)
+        a = x if activation == NONE else maps[0].to(x.dtype)
+        by_intersection, by_cost, _ = grad_sample_sums.view(len(x), SAMPLE_COLUMNS, 1, 1, 1).unbind(1)
+        by_whole = by_intersection * y + by_cost * phi_derivative(quantity, a, y.to(x.dtype))
+        # Other samples are left out: zero times a slope that is not finite would be NaN.
+        some = grad_sample_sums.any(1)
+        grad[some] += (by_whole * slope(x, activation))[some].to(x.dtype)
 
-    pairs = _Pairs(a, y, out_rows, lab_rows)
+    pairs = _Pairs(x, read, activation)
     inside, on_label = pairs.kept(kept), pairs.lab > 0
     out = pairs.gather(pairs.out, grad_out_sums)
     lab = pairs.gather(pairs.lab, grad_lab_sums)
@@ -194,7 +186,7 @@ def sum_instances_backward(
     if no_tp:
         excess = phi_derivative(quantity, pairs.a * pairs.a, 0.0) * pairs.a
         by_a += torch.from_numpy(out[EXCESS][pairs.of_voxel]) * excess.masked_fill(pairs.y, 0.0)
-    by_a *= slope(torch.from_numpy(pairs.take(x)), activation)
+    by_a *= slope(torch.from_numpy(x.numpy().reshape(-1)[pairs.voxels]), activation)
     grad.numpy().reshape(-1)[pairs.voxels] += by_a.numpy()
     return grad
 
