@@ -1,6 +1,6 @@
 """The instances of both sides: `find` and `row_maps` of ops.py, made of the launches of other rooms.
 
-Their *sites* are four volumes: foreground, y and the two row maps.
+Their *sites* are two volumes, each of the outputs' side first, then of the labels': the foreground and the row map.
 """
 
 import torch
@@ -22,21 +22,20 @@ def launch_find(
     min_size: int,
     out_capacity: int,
     lab_capacity: int,
-) -> tuple[list[Tensor], Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[list[Tensor], Tensor, Tensor, Tensor, list[Tensor]]:
     """Sites, sums of the pixel term, health, and counts and geometry of both sides."""
-    foreground, y, sums, health = launch_activate(x, labels, activation, threshold, pixel, pixel_quantity)
+    foreground, sums, health = launch_activate(x, labels, activation, threshold, pixel, pixel_quantity)
     if ids is None:
-        # One labelling for both sides: outputs first, then labels.
-        both = launch_find_instances(torch.cat((foreground, y)), num_iterations, min_size, out_capacity)
-        sides = [side for pair in both for side in pair.clone().chunk(2)]
-        out_rows, lab_rows, num_outputs, num_labels, out_geometry, lab_geometry = sides
-    else:
-        out_rows, num_outputs, out_geometry = launch_find_instances(foreground, num_iterations, min_size, out_capacity)
-        lab_rows, num_labels, lab_geometry = launch_number_instances(ids, min_size, lab_capacity)
-    return [foreground, y, out_rows, lab_rows], sums, health, num_outputs, num_labels, out_geometry, lab_geometry
+        # One labelling for both sides.
+        rows, counts, geometry = launch_find_instances(foreground, num_iterations, min_size, out_capacity)
+        return [foreground, rows], sums, health, counts, [geometry]
+    out = launch_find_instances(foreground[: len(x)], num_iterations, min_size, out_capacity)
+    lab = launch_number_instances(ids, min_size, lab_capacity)
+    rows, counts = (torch.cat(pair) for pair in zip(out[:2], lab[:2], strict=True))
+    return [foreground, rows], sums, health, counts, [out[2], lab[2]]
 
 
 def launch_row_maps(x: Tensor, sites: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The sites as they are, copied: an operator may not return what it was given."""
-    foreground, y, out_rows, lab_rows = (site.clone() for site in sites)
+    """The sites, copied: an operator may not return what it was given."""
+    foreground, y, out_rows, lab_rows = (side.clone() for site in sites for side in site.chunk(2))
     return foreground, y, out_rows, lab_rows

@@ -43,9 +43,11 @@ def find(
         lab_bound = x[0].numel()
     rows = rows_of_tables(x, out_bound), rows_of_tables(x, lab_bound)
     search = (options.num_iterations or 0, options.min_instance_size)
-    sites, pixel_sums, health, num_outputs, num_labels, out_geometry, lab_geometry = ops.find(
+    sites, pixel_sums, health, counts, geometry = ops.find(
         x, labels, ids, *activation_of(options), *pixel, *search, *rows
     )
+    num_outputs, num_labels = counts.chunk(2)
+    out_geometry, lab_geometry = geometry[0].chunk(2) if ids is None else geometry
     too_many = (num_labels > 0) & (num_outputs > num_labels.double() * options.mul_too_many)
     kept = num_outputs.clamp(max=options.max_cc_out) if options.max_cc_out else num_outputs
     kept = torch.where(too_many, 0, kept).int()

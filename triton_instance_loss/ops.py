@@ -44,11 +44,11 @@ _SCHEMAS = {
     # x float32 or float64, labels of any real dtype but half, precomputed ids (int64, 0 outside y) or none
     # -> sites: where the instances are, as the same backend's operators below want it; sums (B, 3) float64 of u * w,
     # phi(u, w) and truth w of the pixel term, zeros with pixel=-1; health, 0-d float64: 1, or NaN if any x is NaN or
-    # infinite; and of both sides counts (B,) int32 and geometry (B, capacity, 10) int64, as in find_instances. The
-    # codes are those of activation.py
+    # infinite; and counts (2 B,) int32 and geometry, as in find_instances, outputs before labels: (2 B, capacity, 10),
+    # or with ids one tensor a side. The codes are those of activation.py
     "find": "(Tensor x, Tensor labels, Tensor? ids, int activation, float threshold, int pixel, int pixel_quantity,"
     " int num_iterations, int min_size, int out_capacity, int lab_capacity)"
-    " -> (Tensor[], Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " -> (Tensor[], Tensor, Tensor, Tensor, Tensor[])",
     # sites -> foreground of the outputs and y, bool, and the two row maps, int32, as volumes
     "row_maps": "(Tensor x, Tensor[] sites) -> (Tensor, Tensor, Tensor, Tensor)",
     # mask bool -> ids int32: largest linear index + 1 of the component (0 rounds: whole components), 0 = background
@@ -162,17 +162,20 @@ def _fake_find(
     min_size: int,
     out_capacity: int,
     lab_capacity: int,
-) -> tuple[list[Tensor], Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    batch = x.shape[0]
+) -> tuple[list[Tensor], Tensor, Tensor, Tensor, list[Tensor]]:
+    batch, *shape = x.shape
     if backend(x) == "cpu":
         sites = [x.new_empty((SITE_LINES, x.numel()), dtype=torch.int64)]
     else:
-        sites = list(_fake_row_maps(x, []))
-    sides = (_fake_number_instances(x, min_size, capacity)[1:] for capacity in (out_capacity, lab_capacity))
-    (num_outputs, out_geometry), (num_labels, lab_geometry) = sides
-    pixel_sums = x.new_empty((batch, SAMPLE_COLUMNS), dtype=torch.float64)
-    health = x.new_empty((), dtype=torch.float64)
-    return sites, pixel_sums, health, num_outputs, num_labels, out_geometry, lab_geometry
+        sites = [x.new_empty((2 * batch, *shape), dtype=dtype) for dtype in (torch.bool, torch.int32)]
+    sides = [(2 * batch, out_capacity)] if ids is None else [(batch, out_capacity), (batch, lab_capacity)]
+    return (
+        sites,
+        x.new_empty((batch, SAMPLE_COLUMNS), dtype=torch.float64),
+        x.new_empty((), dtype=torch.float64),
+        x.new_empty((2 * batch,), dtype=torch.int32),
+        [x.new_empty((*side, GEOMETRY_COLUMNS), dtype=torch.int64) for side in sides],
+    )
 
 
 def _fake_row_maps(x: Tensor, sites: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -56,30 +56,27 @@ def find(
     min_size: int,
     out_capacity: int,
     lab_capacity: int,
-) -> tuple[list[Tensor], Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[list[Tensor], Tensor, Tensor, Tensor, list[Tensor]]:
     """Operator `find` (ops.py)."""
     foreground = find_foreground(x, labels, activation, threshold)
     shape = tuple(x.shape)
     if ids is None:
         # One labelling for both sides: outputs first, then labels.
         both = np.concatenate((foreground.out, foreground.lab + x.numel()))
-        rows, counts, geometry = find_rows(both, (2 * len(x), *shape[1:]), num_iterations, min_size, out_capacity)
+        rows, counts, both_geometry = find_rows(both, (2 * len(x), *shape[1:]), num_iterations, min_size, out_capacity)
         out_rows, lab_rows = np.split(rows, [len(foreground.out)])
-        (num_outputs, num_labels), (out_geometry, lab_geometry) = counts.split(len(x)), geometry.split(len(x))
+        geometry = [both_geometry]
     else:
-        out_rows, num_outputs, out_geometry = find_rows(foreground.out, shape, num_iterations, min_size, out_capacity)
+        out_rows, out_counts, out_geometry = find_rows(foreground.out, shape, num_iterations, min_size, out_capacity)
         given = ids.numpy().reshape(-1)[foreground.lab]
         named = given != 0
-        rows, num_labels, lab_geometry = number_rows(
-            foreground.lab[named], given[named], shape, min_size, lab_capacity
-        )
+        rows, lab_counts, lab_geometry = number_rows(foreground.lab[named], given[named], shape, min_size, lab_capacity)
         lab_rows = np.zeros(len(given), dtype=np.int64)
         lab_rows[named] = rows
+        counts, geometry = torch.cat((out_counts, lab_counts)), [out_geometry, lab_geometry]
     sums, health = pixel_sums(x, foreground, activation, pixel, pixel_quantity)
     sites = torch.from_numpy(_merge(foreground, out_rows, lab_rows, x.numel() if out_capacity else 0))
-    # (clones: an operator may not return two views of one tensor)
-    sides = (num_outputs, num_labels, out_geometry, lab_geometry)
-    return [sites], sums, health, *(side.clone() for side in sides)
+    return [sites], sums, health, counts, geometry
 
 
 def _merge(foreground: Foreground, out_rows: Indices, lab_rows: Indices, padded: int) -> Indices:
