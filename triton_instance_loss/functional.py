@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import activation, checks, ops, quantities, slow
-from .activation import activated, activation_of, check_and_widen, probabilities, select, to_activate, to_volume
-from .criteria import DICE, fused_form, warn_if_slow
+from . import activation, checks, quantities, slow
+from .activation import activated, check_and_widen, probabilities, select, to_activate, to_volume
+from .criteria import DICE, FusedCriterion, fused_form, warn_if_slow
 from .instances import find
 from .options import Options
 from .terms import TERMS, FusedTerms, Request, place_of_centers
@@ -30,54 +30,51 @@ def evaluate_terms(
     """The terms `names`, each a 0-d tensor; a criterion left out is our Dice. Nothing else is computed."""
     outputs, labels, cc_label_batch = check_and_widen(outputs, labels, cc_label_batch, options)
     instance, center = instance or DICE, center or DICE
+    pixel_form, instance_form, center_form = map(fused_form, (pixel or DICE, instance, center))
+    seen = _what_pixel_sees(pixel, pixel_form, names, options)
     with torch.autocast(outputs.device.type, enabled=False):
         x, truth = to_activate(outputs, options), to_volume(select(labels, options))
+        looked_at = outputs if options.activation == "softmax" else x
         values: dict[str, Tensor] = {}
-        fused: set[str] = set()
-        seen = _what_pixel_sees(pixel, names, options)
         if "pixel" in names and seen == activation.NOT_FUSED:
-            values["pixel"] = _pixel(outputs, labels, pixel, options)
+            values["pixel"] = _pixel(outputs, labels, pixel, options) * _health(looked_at)
         if set(names) - {"pixel"}:
-            pixel_form, instance_form, center_form = map(fused_form, (pixel or DICE, instance, center))
-            quantity = pixel_form.code if pixel_form else quantities.MASS
-            found, pair_capacity, pixel_sums, health = find(x.detach(), truth, cc_label_batch, (seen, quantity), options)
-            maps = None
-            if instance_form is None or center_form is None:
-                maps = slow.Maps(*ops.row_maps(x.detach(), found.sites))
-                a = activated(x, maps.foreground, options)
+            seen_and_summed = seen, pixel_form.code if pixel_form else quantities.MASS
+            found, pair_capacity, pixel_sums, health = find(x.detach(), truth, cc_label_batch, seen_and_summed, options)
             if center_form is None and "center" in names:
-                values["center"] = slow.center(a, maps, found, place_of_centers(x.shape, options), center, options)
-            rest = tuple(name for name in TERMS if name in names and name not in values)
-            request = Request(rest, options, seen, pixel_form, instance_form, center_form, pair_capacity)
+                volumes = slow.volumes(x, found, options)
+                place = place_of_centers(x.shape, options)
+                values["center"] = slow.center(volumes, found, place, center, options) * _health(looked_at)
+            fused = tuple(name for name in TERMS if name in names and name not in values)
+            request = Request(fused, options, seen, pixel_form, instance_form, center_form, pair_capacity)
             given: tuple[Tensor | None, Tensor | None] = (None, None)
             if request.wants_instances and instance_form is None:
-                given = slow.instance_values(a, maps, found, instance, options)
-            elif request.wants_instances and instance_form.code == quantities.CROSS_ENTROPY and not options.hard:
+                given = slow.instance_values(slow.volumes(x, found, options), found, instance, options)
+            elif request.wants_instances and request.quantity == quantities.CROSS_ENTROPY and not options.hard:
                 checks.probabilities("loss_function_instance", x)
+            if looked_at is not x:  # after a softmax, infinity no longer shows
+                health = health * _health(looked_at)
             together: Tensor = FusedTerms.apply(  # type: ignore[no-untyped-call]
                 x, *given, truth, pixel_sums, health, request, *found[1:], *found.sites
             )
-            values.update(zip(rest, together.to(x.dtype).unbind(), strict=True))
-            fused = set(rest) if options.activation != "softmax" else set()
-        if set(values) - fused:
-            health = _health(outputs if options.activation == "softmax" else x)
-            values = {name: value if name in fused else value * health for name, value in values.items()}
-        return {name: values[name] for name in TERMS if name in values}
+            values.update(zip(fused, together.to(x.dtype).unbind(), strict=True))
+        return {name: values[name] for name in TERMS if name in names}
 
 
 def _health(outputs: Tensor) -> Tensor:
-    """1, or NaN if any output is NaN or infinite; every term is multiplied by it (that of `find`, where it is fused)."""
+    """1, or NaN if any output is NaN or infinite; every term is multiplied by it."""
     low, high = torch.aminmax(outputs.detach())
     return 1.0 + 0.0 * low + 0.0 * high
 
 
-def _what_pixel_sees(criterion: Criterion | None, names: Collection[str], options: Options) -> int:
+def _what_pixel_sees(
+    criterion: Criterion | None, form: FusedCriterion | None, names: Collection[str], options: Options
+) -> int:
     """What the pixel term works on if it is evaluated from the sums of the one pass over the volumes."""
     if "pixel" not in names or len(set(names)) == 1:
         return activation.NOT_FUSED
     if criterion is None:
         return activation.PROBABILITY
-    form = fused_form(criterion)
     if form is None or form.batch is None or (options.num_out_chn > 1 and options.activation != "softmax"):
         return activation.NOT_FUSED
     return activation.HARD if options.activation == "softmax" else activation.RAW

@@ -7,39 +7,44 @@ import torch
 from torch import Tensor
 
 from . import checks, ops
-from .activation import straight_through
+from .activation import activated, straight_through
 from .instances import Found
 from .options import Options
 
 Criterion = Callable[..., Any]
 
 
-class Maps(NamedTuple):
-    """Where the instances are, as volumes (B, D, H, W)."""
+class Volumes(NamedTuple):
+    """What the criteria are shown, as volumes (B, D, H, W)."""
 
-    foreground: Tensor  # bool
+    a: Tensor  # the activated output, differentiable
     y: Tensor  # bool
     out_rows: Tensor  # int32: number of the output instance at each voxel, 0 = none
     lab_rows: Tensor  # int32
 
 
-def instance_values(
-    a: Tensor, maps: Maps, found: Found, criterion: Criterion, options: Options
-) -> tuple[Tensor, Tensor]:
+def volumes(x: Tensor, found: Found, options: Options) -> Volumes:
+    """The volumes of a call."""
+    foreground, y, out_rows, lab_rows = ops.row_maps(x.detach(), found.sites)
+    return Volumes(activated(x, foreground, options), y, out_rows, lab_rows)
+
+
+def instance_values(volumes: Volumes, found: Found, criterion: Criterion, options: Options) -> tuple[Tensor, Tensor]:
     """The criterion of each label and of each kept output, from one pair of volumes an instance; (B, rows) float64.
 
     A sample without labels, or without usable outputs, has the value of the whole sample in row 0 of that side.
     """
+    a, y, out_rows, lab_rows = volumes
     shape = a.shape[2:] if options.spatial_dims == 2 else a.shape[1:]
 
     def call(predicted: Tensor, true: Tensor) -> Tensor:
-        volumes = (volume.reshape(1, 1, *shape) for volume in (predicted, true.to(a.dtype)))
-        return checks.scalar("loss_function_instance", criterion(*volumes)).double()
+        pair = (volume.reshape(1, 1, *shape) for volume in (predicted, true.to(a.dtype)))
+        return checks.scalar("loss_function_instance", criterion(*pair)).double()
 
     labels, outputs = [], []
     for sample in range(a.shape[0]):
-        prediction, truth = a[sample], maps.y[sample]
-        out, lab = maps.out_rows[sample], maps.lab_rows[sample]
+        prediction, truth = a[sample], y[sample]
+        out, lab = out_rows[sample], lab_rows[sample]
         num_labels, num_kept = int(found.num_labels[sample]), int(found.kept[sample])
         kept = (out > 0) & (out <= num_kept)
         values = []
@@ -63,22 +68,22 @@ def _table(samples: list[Tensor]) -> Tensor:
 
 
 def center(
-    a: Tensor, maps: Maps, found: Found, place: tuple[list[int], list[int]], criterion: Criterion, options: Options
+    volumes: Volumes, found: Found, place: tuple[list[int], list[int]], criterion: Criterion, options: Options
 ) -> Tensor:
     """The criterion on the two volumes of centre boxes of each sample."""
-    shape, offsets = place
+    a, (shape, offsets) = volumes.a, place
     boxes = (found.out_geometry, found.lab_geometry, found.kept, found.num_labels)
     owner, covered = ops.center_volumes(*boxes, shape, offsets)
     peak = 1.0 + options.smoother
     values = []
     for sample in range(owner.shape[0]):
         sizes = torch.cat((found.out_geometry.new_ones(1), found.out_geometry[sample, :, ops.SIZE].clamp(min=1)))
-        rows = maps.out_rows[sample].flatten().long()
+        rows = volumes.out_rows[sample].flatten().long()
         means = a.new_zeros(len(sizes)).index_add(0, rows, a[sample].flatten()) / sizes
         heights = straight_through(torch.full_like(means, peak), means, options)
         heights = torch.cat((heights.new_zeros(1), heights[1:]))
-        volumes = heights[owner[sample].long()], covered[sample].to(a.dtype) * peak
+        pair = heights[owner[sample].long()], covered[sample].to(a.dtype) * peak
         size = shape if options.spatial_dims == 3 else shape[1:]
-        value = criterion(*(volume.reshape(1, 1, *size) for volume in volumes))
+        value = criterion(*(volume.reshape(1, 1, *size) for volume in pair))
         values.append(checks.scalar("loss_function_center", value))
     return torch.stack(values).mean()

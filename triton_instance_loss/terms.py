@@ -74,7 +74,12 @@ class Slopes(NamedTuple):
 
 
 def value_and_slopes(
-    form: FusedCriterion, voxels: int, intersection: Tensor, prediction: Tensor, label: Tensor, used: Tensor | None = None
+    form: FusedCriterion,
+    voxels: int,
+    intersection: Tensor,
+    prediction: Tensor,
+    label: Tensor,
+    used: Tensor | None = None,
 ) -> tuple[Tensor, Slopes]:
     """A criterion from sums, elementwise, and its derivatives; 0 in rows that are not used."""
     ratio = form.ratio(voxels)
@@ -188,9 +193,7 @@ def place_of_centers(shape: torch.Size, options: Options) -> tuple[list[int], li
 def center(found: Found, form: FusedCriterion, shape: torch.Size, options: Options) -> tuple[Tensor, Tensor]:
     """The criterion on the centre boxes; and the derivative by the mass of each output, through its box's height."""
     place = place_of_centers(shape, options)
-    owned, alone = ops.center_overlaps(
-        found.out_geometry, found.lab_geometry, found.kept, found.num_labels, *place
-    )
+    owned, alone = ops.center_overlaps(found.out_geometry, found.lab_geometry, found.kept, found.num_labels, *place)
     outside, inside = owned.double().unbind(-1)
     alone = alone.double()
     height = torch.full((), 1.0 + options.smoother, dtype=torch.float64, device=owned.device)
@@ -235,7 +238,7 @@ def proximity(found: Found, values: Values, shape: torch.Size, options: Options)
 
 
 class _OnceDifferentiable(torch.autograd.Function):
-    """A gradient that raises when it is differentiated. (torch's `once_differentiable` looks at what flows in alone.)"""
+    """A gradient that raises when it is differentiated; torch's `once_differentiable` looks at what flows in alone."""
 
     @staticmethod
     def forward(ctx: Any, grad: Tensor, x: Tensor) -> Tensor:
@@ -318,19 +321,21 @@ class FusedTerms(torch.autograd.Function):
         ctx.save_for_backward(x, labels, found.kept, found.num_labels, *found.sites, *saved.values())
         ctx.names, ctx.request = tuple(saved), request
         ctx.rows = found.out_geometry.shape[1], found.lab_geometry.shape[1]
-        given = label_values is not None and output_values is not None
         ctx.inputs = len(tensors)
-        ctx.values_shapes = (label_values.shape, output_values.shape) if given else None
+        ctx.values_shapes = [value.shape for value in (label_values, output_values) if value is not None]
         return torch.stack([terms[name] for name in names]) * health
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         """Gradients of the volume and of the values that were given."""
         with torch.no_grad():
-            grads = FusedTerms._gradients(ctx, grad)
+            grads: tuple[Tensor | None, ...] = FusedTerms._gradients(ctx, grad)
         if torch.is_grad_enabled():  # a graph of the backward was asked for
             x = ctx.saved_tensors[0]
-            grads = tuple(None if each is None else _OnceDifferentiable.apply(each, x) for each in grads)
+            grads = tuple(
+                None if each is None else _OnceDifferentiable.apply(each, x)  # type: ignore[no-untyped-call]
+                for each in grads
+            )
         return (*grads, *(None,) * (4 + ctx.inputs))
 
     @staticmethod
@@ -385,7 +390,7 @@ class FusedTerms(torch.autograd.Function):
             request.pixel if "pixel" in saved else activation.NOT_FUSED,
             request.pixel_quantity,
         )
-        if ctx.values_shapes is None:
+        if not ctx.values_shapes:
             return grad_x, None, None
         return grad_x, of_labels.expand(ctx.values_shapes[0]), of_outputs.expand(ctx.values_shapes[1])
 

@@ -53,9 +53,7 @@ def _find_outputs(values: NDArray[Any], activation: int, threshold: float) -> In
     return perhaps[sure]
 
 
-def pixel_sums(
-    x: Tensor, foreground: Foreground, activation: int, pixel: int, quantity: int
-) -> tuple[Tensor, Tensor]:
+def pixel_sums(x: Tensor, foreground: Foreground, activation: int, pixel: int, quantity: int) -> tuple[Tensor, Tensor]:
     """Sums of the pixel term, (B, 3) float64, and the health of `x`."""
     rows = x.sum(-1)  # not finite if anything in it is not; or, rarely, too large
     healthy = bool(rows.isfinite().all()) or bool(x.isfinite().all())

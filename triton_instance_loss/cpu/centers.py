@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..ops import COORDINATE_SUMS, SIZE
 
+
 def _paint_centers(geometry: Tensor, count: int, shape: list[int], offsets: list[int]) -> NDArray[np.unsignedinteger]:
     """Row (from 1) of the last of the first `count` instances of a sample whose centre box covers a voxel, 0 = none."""
     used = geometry[:count].numpy()

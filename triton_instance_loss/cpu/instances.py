@@ -104,5 +104,5 @@ def _merge(foreground: Foreground, out_rows: Indices, lab_rows: Indices, padded:
 def row_maps(x: Tensor, sites: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Operator `row_maps` (ops.py)."""
     read, shape = Sites.read(sites[0]), tuple(x.shape)
-    masks = (fill(shape, read.voxels, (read.bits & bit) != 0).bool() for bit in (OUT, LAB))
-    return (*masks, fill(shape, read.voxels, read.out), fill(shape, read.voxels, read.lab))
+    foreground, y = (fill(shape, read.voxels, (read.bits & bit) != 0).bool() for bit in (OUT, LAB))
+    return (foreground, y, fill(shape, read.voxels, read.out), fill(shape, read.voxels, read.lab))
