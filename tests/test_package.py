@@ -15,7 +15,7 @@ from triton_instance_loss import ops
 PACKAGE = Path(triton_instance_loss.__file__).parent
 ROOT = Path(__file__).parents[1]
 # Imports point down this list.
-ORDER = ["losses", "functional", "terms", "criteria", "instances", "components", "activation", "cpu", "ops"]
+ORDER = ["losses", "functional", "slow", "terms", "criteria", "instances", "components", "activation", "cpu", "ops"]
 
 
 def python(code, **environment):
@@ -63,6 +63,8 @@ def imported_rooms(path):
     """Rooms of the package that a file imports."""
     rooms = set()
     for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level == 1 and path.parent != PACKAGE:
+            continue  # within a room that is a folder
         if isinstance(node, ast.ImportFrom) and node.level:
             names = [node.module.split(".")[0]] if node.module else [alias.name for alias in node.names]
             rooms.update(names)

@@ -1,21 +1,11 @@
-"""From the tensors of a call to volumes: checked, widened, one channel; and the codes of what becomes of them."""
+"""From the tensors of a call to volumes: checked, widened, one channel."""
 
 import torch
 from torch import Tensor
 
 from . import checks
+from .ops import GIVEN, NONE, SIGMOID
 from .options import Options
-
-# Activations: the activated output a of x, and what the gradient flows into.
-NONE = 0  # a = x; foreground where x >= threshold, or x == 1 if the threshold is 0 or less
-SIGMOID = 1  # a = foreground = [sigmoid(x) >= threshold]; sigmoid(x)
-GIVEN = 2  # a = foreground = [x >= threshold] of a probability x; x
-
-# What the pixel term, where it is fused, sees as prediction u and truth w.
-NOT_FUSED = -1
-RAW = 0  # x, and the labels as they are
-PROBABILITY = 1  # sigmoid(x) with SIGMOID, else x; and y
-HARD = 2  # a, with the derivative of what the gradient flows into; and the labels as they are
 
 
 def unwrap(value: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import activation, checks, quantities, slow
+from . import checks, ops, quantities, slow
 from .activation import activated, check_and_widen, probabilities, select, to_activate, to_volume
 from .criteria import DICE, FusedCriterion, fused_form, warn_if_slow
 from .instances import find
@@ -36,7 +36,7 @@ def evaluate_terms(
         x, truth = to_activate(outputs, options), to_volume(select(labels, options))
         looked_at = outputs if options.activation == "softmax" else x
         values: dict[str, Tensor] = {}
-        if "pixel" in names and seen == activation.NOT_FUSED:
+        if "pixel" in names and seen == ops.NOT_FUSED:
             values["pixel"] = _pixel(outputs, labels, pixel, options) * _health(looked_at)
         if set(names) - {"pixel"}:
             seen_and_summed = seen, pixel_form.code if pixel_form else quantities.MASS
@@ -54,10 +54,11 @@ def evaluate_terms(
                 checks.probabilities("loss_function_instance", x)
             if looked_at is not x:  # after a softmax, infinity no longer shows
                 health = health * _health(looked_at)
-            together: Tensor = FusedTerms.apply(  # type: ignore[no-untyped-call]
-                x, *given, truth, pixel_sums, health, request, *found[1:], *found.sites
-            )
-            values.update(zip(fused, together.to(x.dtype).unbind(), strict=True))
+            if fused:
+                together: Tensor = FusedTerms.apply(  # type: ignore[no-untyped-call]
+                    x, *given, truth, pixel_sums, health, request, *found[1:], *found.sites
+                )
+                values.update(zip(fused, together.to(x.dtype).unbind(), strict=True))
         return {name: values[name] for name in TERMS if name in names}
 
 
@@ -72,12 +73,12 @@ def _what_pixel_sees(
 ) -> int:
     """What the pixel term works on if it is evaluated from the sums of the one pass over the volumes."""
     if "pixel" not in names or len(set(names)) == 1:
-        return activation.NOT_FUSED
+        return ops.NOT_FUSED
     if criterion is None:
-        return activation.PROBABILITY
+        return ops.PROBABILITY
     if form is None or form.batch is None or (options.num_out_chn > 1 and options.activation != "softmax"):
-        return activation.NOT_FUSED
-    return activation.HARD if options.activation == "softmax" else activation.RAW
+        return ops.NOT_FUSED
+    return ops.HARD if options.activation == "softmax" else ops.RAW
 
 
 def _pixel(outputs: Tensor, labels: Tensor, criterion: Criterion | None, options: Options) -> Tensor:

@@ -19,6 +19,17 @@ from torch import Tensor
 
 BACKEND_VARIABLE = "TRITON_INSTANCE_LOSS_BACKEND"
 
+# Activations: the activated output a of x, and what the gradient flows into.
+NONE = 0  # a = x; foreground where x >= threshold, or x == 1 if the threshold is 0 or less
+SIGMOID = 1  # a = foreground = [sigmoid(x) >= threshold]; sigmoid(x)
+GIVEN = 2  # a = foreground = [x >= threshold] of a probability x; x
+
+# What the pixel term, where it is fused, sees as prediction u and truth w.
+NOT_FUSED = -1
+RAW = 0  # x, and the labels as they are
+PROBABILITY = 1  # sigmoid(x) with SIGMOID, else x; and y
+HARD = 2  # a, with the derivative of what the gradient flows into; and the labels as they are
+
 # Columns of a geometry table (int64). Bounds are inclusive; unused rows hold size 0, low 2^31 - 1, high -1.
 SIZE, COORDINATE_SUMS, LOWS, HIGHS = 0, slice(1, 4), slice(4, 7), slice(7, 10)
 GEOMETRY_COLUMNS = 10
@@ -45,7 +56,7 @@ _SCHEMAS = {
     # -> sites: where the instances are, as the same backend's operators below want it; sums (B, 3) float64 of u * w,
     # phi(u, w) and truth w of the pixel term, zeros with pixel=-1; health, 0-d float64: 1, or NaN if any x is NaN or
     # infinite; and counts (2 B,) int32 and geometry, as in find_instances, outputs before labels: (2 B, capacity, 10),
-    # or with ids one tensor a side. The codes are those of activation.py
+    # or with ids one tensor a side. The codes are those above
     "find": "(Tensor x, Tensor labels, Tensor? ids, int activation, float threshold, int pixel, int pixel_quantity,"
     " int num_iterations, int min_size, int out_capacity, int lab_capacity)"
     " -> (Tensor[], Tensor, Tensor, Tensor, Tensor[])",

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import activation, ops, quantities
+from . import ops, quantities
+from .activation import activation_of
 from .criteria import FusedCriterion
 from .instances import Found, first_rows
 from .options import Options
@@ -35,7 +36,7 @@ class Request:
 
     names: tuple[str, ...]
     options: Options
-    pixel: int  # code of activation.py: what the pixel term sees
+    pixel: int  # code of ops.py: what the pixel term sees
     pixel_form: FusedCriterion | None  # None, if the term is not among them
     instance_form: FusedCriterion | None  # None: values are given
     center_form: FusedCriterion | None  # None, if the term is not among them
@@ -276,7 +277,7 @@ class FusedTerms(torch.autograd.Function):
                 x,
                 found.sites,
                 found.kept,
-                activation.activation_of(options)[0],
+                activation_of(options)[0],
                 request.quantity,
                 options.instance_wise_loss_no_tp,
                 *capacities,
@@ -351,7 +352,7 @@ class FusedTerms(torch.autograd.Function):
         out: dict[int, Tensor] = {}
         lab: dict[int, Tensor] = {}
         sample = pixel = nothing.expand(len(x), ops.SAMPLE_COLUMNS)
-        if "pixel" in saved and (options.surrogate or request.pixel != activation.HARD):
+        if "pixel" in saved and (options.surrogate or request.pixel != ops.HARD):
             pixel = by_term["pixel"] * saved["pixel"]
         if options.surrogate:
             masses = [by_term[name] * saved[name] for name in ("center", "false_instances") if name in saved]
@@ -384,10 +385,10 @@ class FusedTerms(torch.autograd.Function):
             labels,
             sites,
             kept,
-            activation.activation_of(options)[0],
+            activation_of(options)[0],
             request.quantity,
             options.instance_wise_loss_no_tp,
-            request.pixel if "pixel" in saved else activation.NOT_FUSED,
+            request.pixel if "pixel" in saved else ops.NOT_FUSED,
             request.pixel_quantity,
         )
         if not ctx.values_shapes:

@@ -12,8 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..activation import HARD, NONE, NOT_FUSED, PROBABILITY, SIGMOID
-from ..ops import SAMPLE_COLUMNS
+from ..ops import HARD, NONE, NOT_FUSED, PROBABILITY, SAMPLE_COLUMNS, SIGMOID
 from ..quantities import MASS, SQUARE, phi, phi_derivative
 
 # Relative error that a computed sigmoid surely does not have: what is farther below the threshold need not be computed.

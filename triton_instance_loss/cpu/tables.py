@@ -8,8 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .. import quantities
-from ..activation import NONE
-from ..ops import COST, EXCESS, INTERSECTION, MASS, OVERLAP, SAMPLE_COLUMNS, SUMS_COLUMNS, TOUCHED
+from ..ops import COST, EXCESS, INTERSECTION, MASS, NONE, OVERLAP, SAMPLE_COLUMNS, SUMS_COLUMNS, TOUCHED
 from ..quantities import phi, phi_derivative
 from .activation import pixel_gradient, slope
 from .instances import LAB, OUT, Sites, row_maps
