@@ -17,6 +17,9 @@ from ..quantities import MASS, SQUARE, phi, phi_derivative
 
 # Relative error that a computed sigmoid surely does not have: what is farther below the threshold need not be computed.
 SIGMOID_ERROR = 1e-5
+# Voxels of which a pass computes formulas at once: so many that all threads have work, so few that what stands in
+# between needs no new memory from the system, whose pages take longer to touch than the formulas.
+CHUNK = 2**20
 Indices = NDArray[np.int64]
 
 
@@ -52,46 +55,6 @@ def _find_outputs(values: NDArray[Any], activation: int, threshold: float) -> In
     return perhaps[sure]
 
 
-def pixel_sums(x: Tensor, foreground: Foreground, activation: int, pixel: int, quantity: int) -> tuple[Tensor, Tensor]:
-    """Sums of the pixel term, (B, 3) float64, and the health of `x`."""
-    rows = x.sum(-1)  # not finite if anything in it is not; or, rarely, too large
-    healthy = bool(rows.isfinite().all()) or bool(x.isfinite().all())
-    health = torch.tensor(1.0 if healthy else math.nan, dtype=torch.float64)
-    sums = torch.zeros((x.shape[0], SAMPLE_COLUMNS), dtype=torch.float64)
-    if pixel == NOT_FUSED:
-        return sums, health
-    u = _seen(x, foreground.out, activation, pixel)
-    if quantity != MASS:
-        rows = phi(quantity, u, 0.0).sum(-1)
-    elif u is not x:
-        rows = u.sum(-1)
-    sums[:, 1] = rows.double().sum((1, 2))
-    at, truth = _labelled(u, foreground, pixel)
-    predicted = torch.from_numpy(u.numpy().reshape(-1)[at]).double()
-    sample = torch.from_numpy(at // x[0].numel())
-    sums[:, 0].index_add_(0, sample, predicted * truth)
-    if quantity not in (MASS, SQUARE):
-        sums[:, 1].index_add_(0, sample, phi(quantity, predicted, truth) - phi(quantity, predicted, 0.0))
-    sums[:, 2].index_add_(0, sample, truth * truth if quantity == SQUARE else truth)
-    return sums, health
-
-
-def _seen(x: Tensor, out: Indices, activation: int, pixel: int) -> Tensor:
-    """The prediction of the pixel term."""
-    if pixel == HARD:
-        u = torch.zeros_like(x)
-        u.view(-1)[torch.from_numpy(out)] = 1.0
-        return u
-    return torch.sigmoid(x) if pixel == PROBABILITY and activation == SIGMOID else x
-
-
-def _labelled(u: Tensor, foreground: Foreground, pixel: int) -> tuple[Indices, Tensor]:
-    """The voxels where the truth of the pixel term is not 0, and what it is there, float64."""
-    if pixel == PROBABILITY:
-        return foreground.lab, torch.ones(len(foreground.lab), dtype=torch.float64)
-    return foreground.labelled, torch.from_numpy(foreground.truth).double()
-
-
 def slope(x: Tensor, activation: int) -> Tensor:
     """Derivative of what gradients flow into by `x`, elementwise."""
     if activation != SIGMOID:
@@ -100,29 +63,88 @@ def slope(x: Tensor, activation: int) -> Tensor:
     return probability - probability * probability
 
 
+class _Pixel(NamedTuple):
+    """The pixel term: what it sees and sums, of which volumes."""
+
+    x: Tensor
+    foreground: Foreground
+    pixel: int
+    quantity: int
+    soft: bool  # whether u is a sigmoid
+
+    def labelled(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Where the truth is not 0: voxels, samples, u (float64) and truth (float64)."""
+        at = self.foreground.lab if self.pixel == PROBABILITY else self.foreground.labelled
+        voxels = torch.from_numpy(at)
+        truth = torch.ones(len(at)) if self.pixel == PROBABILITY else torch.from_numpy(self.foreground.truth)
+        if self.pixel == HARD:
+            u = torch.from_numpy(np.isin(at, self.foreground.out, assume_unique=True))
+        else:
+            u = torch.from_numpy(self.x.numpy().reshape(-1)[at])
+        samples = torch.div(voxels, self.x[0].numel(), rounding_mode="floor")
+        return voxels, samples, (torch.sigmoid(u) if self.soft else u).double(), truth.double()
+
+
+def _read(x: Tensor, foreground: Foreground, activation: int, pixel: int, quantity: int) -> _Pixel:
+    return _Pixel(x, foreground, pixel, quantity, pixel == PROBABILITY and activation == SIGMOID)
+
+
+def pixel_sums(x: Tensor, foreground: Foreground, activation: int, pixel: int, quantity: int) -> tuple[Tensor, Tensor]:
+    """Sums of the pixel term, (B, 3) float64, and the health of `x`."""
+    rows = x.sum(-1)  # not finite if anything in it is not; or, rarely, too large
+    healthy = bool(rows.isfinite().all()) or bool(x.isfinite().all())
+    health = torch.tensor(1.0 if healthy else math.nan, dtype=torch.float64)
+    sums = torch.zeros((x.shape[0], SAMPLE_COLUMNS), dtype=torch.float64)
+    if pixel == NOT_FUSED:
+        return sums, health
+    term = _read(x, foreground, activation, pixel, quantity)
+    if pixel == HARD:
+        one = torch.ones((), dtype=torch.float64)
+        counts = np.bincount(foreground.out // x[0].numel(), minlength=len(x))
+        sums[:, 1] = torch.from_numpy(counts) * phi(quantity, one, 0.0)
+    elif quantity == MASS and not term.soft:
+        sums[:, 1] = rows.double().sum((1, 2))
+    else:
+        u = torch.empty(CHUNK, dtype=x.dtype)
+        for sample, volume in enumerate(x.flatten(1)):
+            for part in volume.split(CHUNK):
+                seen = torch.sigmoid(part, out=u[: len(part)]) if term.soft else part
+                sums[sample, 1] += phi(quantity, seen, 0.0).sum().double()
+    _, samples, u, truth = term.labelled()
+    sums[:, 0].index_add_(0, samples, u * truth)
+    if quantity not in (MASS, SQUARE):
+        sums[:, 1].index_add_(0, samples, phi(quantity, u, truth) - phi(quantity, u, 0.0))
+    sums[:, 2].index_add_(0, samples, truth * truth if quantity == SQUARE else truth)
+    return sums, health
+
+
 def pixel_gradient(
     grads: Tensor, x: Tensor, foreground: Foreground, activation: int, pixel: int, quantity: int
 ) -> Tensor:
     """Gradient of `x` from those of the sums of the pixel term, (B, 3)."""
-    if pixel == NOT_FUSED or not bool(grads.any()):
-        return torch.from_numpy(np.zeros(x.shape, dtype=x.numpy().dtype))
-    u = _seen(x, foreground.out, activation, pixel)
     # From NumPy, which asks the system for large pages: without them, touching new memory takes longer than all else.
     grad = torch.from_numpy(np.empty(x.shape, dtype=x.numpy().dtype))
-    for sample, by_cost in enumerate(grads[:, 1].tolist()):
-        if quantity == MASS:
-            grad[sample].fill_(by_cost)
-        else:
-            torch.mul(phi_derivative(quantity, u[sample], 0.0), by_cost, out=grad[sample])
-    at, truth = _labelled(u, foreground, pixel)
-    by_intersection, by_cost_of = grads[torch.from_numpy(at // x[0].numel())].unbind(1)[:2]
-    more = by_intersection * truth
-    if quantity not in (MASS, SQUARE):
-        predicted = torch.from_numpy(u.numpy().reshape(-1)[at]).double()
-        more += by_cost_of * (phi_derivative(quantity, predicted, truth) - phi_derivative(quantity, predicted, 0.0))
-    grad.numpy().reshape(-1)[at] += more.numpy()
+    if pixel == NOT_FUSED or not bool(grads.any()):
+        return grad.zero_()
+    term = _read(x, foreground, activation, pixel, quantity)
+    flat = grad.view(-1)
+    nothing, one = torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64)
+    for volume, into, by_cost in zip(x.flatten(1), grad.flatten(1), grads[:, 1].tolist(), strict=True):
+        if pixel == HARD or (quantity == MASS and not term.soft):
+            into.fill_(by_cost * float(phi_derivative(quantity, nothing, 0.0)))
+            continue
+        for part, by_part in zip(volume.split(CHUNK), into.split(CHUNK), strict=True):
+            u = torch.sigmoid(part, out=by_part) if term.soft else part
+            by_u = by_cost * phi_derivative(quantity, u, 0.0)
+            torch.mul(by_u, u - u * u if term.soft else one.to(x.dtype), out=by_part)
     if pixel == HARD:
-        grad *= slope(x, activation)
-    elif u is not x:
-        grad *= u.sub_(u * u)
+        more = phi_derivative(quantity, one, 0.0) - phi_derivative(quantity, nothing, 0.0)
+        outputs = torch.from_numpy(foreground.out)
+        flat[outputs] += (grads[:, 1] * more)[outputs // x[0].numel()].to(x.dtype)
+    voxels, samples, u, truth = term.labelled()
+    by_intersection, by_cost_at, _ = grads[samples].unbind(1)
+    by_u = by_intersection * truth
+    if quantity not in (MASS, SQUARE):
+        by_u += by_cost_at * (phi_derivative(quantity, u, truth) - phi_derivative(quantity, u, 0.0))
+    flat[voxels] += (by_u * (u - u * u) if term.soft else by_u).to(x.dtype)
     return grad
