@@ -6,6 +6,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from triton_instance_loss import InstanceLoss, WeightedSum, checks, connected_components, ops
+from triton_instance_loss import activation as activations
 
 # Operators whose result Python reads, or whose shape depends on data: on CUDA each of them waits for the device.
 SYNCHRONISING = {
@@ -99,19 +100,23 @@ def test_fake_tensors_go_all_the_way(activation):
 def operator_arguments(device):
     """Arguments of each operator, from a small batch."""
     generator = torch.Generator().manual_seed(3)
-    masks = (torch.rand(2, 2, 5, 6, 7, generator=generator) > 0.7).to(device)
-    a, y = masks
+    x, labels = torch.rand(2, 2, 5, 6, 7, generator=generator).to(device)
+    labels = (labels > 0.7).int()
+    activation = (activations.SIGMOID, 0.66, activations.PROBABILITY, 0)
+    a, y, pixel_sums, _ = ops.activate(x, labels, *activation)
     out_rows, kept, out_geometry = ops.find_instances(a, 0, 0, 36)
     lab_rows, num_labels, lab_geometry = ops.find_instances(y, 0, 0, 36)
     sums = (a, y, out_rows, lab_rows, kept, 0, True)
     out_sums, lab_sums, sample_sums, pairs = ops.sum_instances(*sums, 36, 36, 128)
     boxes = (out_geometry, lab_geometry, kept, num_labels, [5, 6, 7])
+    pixel = (activations.SIGMOID, activations.PROBABILITY, 0)
     return {
+        "activate": (x, labels, *activation),
         "components": (a, 0),
         "find_instances": (a, 2, 1, 210),
         "number_instances": (out_rows.long() * 2**40, 0, 36),
         "sum_instances": (*sums, 36, 36, 128),
-        "sum_instances_backward": (out_sums, lab_sums, sample_sums, *sums, torch.float32),
+        "sum_instances_backward": (out_sums, lab_sums, sample_sums, pixel_sums, x, labels, *sums, *pixel),
         "sum_neighbours": (out_sums[..., 0].contiguous(), pairs, True, 36),
         "center_overlaps": (*boxes, [1, 2, 3]),
         "center_volumes": (*boxes, [1, 2, 3]),
