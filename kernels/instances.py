@@ -24,15 +24,15 @@ def launch_find(
     lab_capacity: int,
 ) -> tuple[list[Tensor], Tensor, Tensor, Tensor, list[Tensor]]:
     """Sites, sums of the pixel term, health, and counts and geometry of both sides."""
-    foreground, sums, health = launch_activate(x, labels, activation, threshold, pixel, pixel_quantity)
+    masks, sums, health = launch_activate(x, labels, activation, threshold, pixel, pixel_quantity)
     if ids is None:
         # One labelling for both sides.
-        rows, counts, geometry = launch_find_instances(foreground, num_iterations, min_size, out_capacity)
-        return [foreground, rows], sums, health, counts, [geometry]
-    out = launch_find_instances(foreground[: len(x)], num_iterations, min_size, out_capacity)
+        rows, counts, geometry = launch_find_instances(masks, num_iterations, min_size, out_capacity)
+        return [masks, rows], sums, health, counts, [geometry]
+    out = launch_find_instances(masks[: len(x)], num_iterations, min_size, out_capacity)
     lab = launch_number_instances(ids, min_size, lab_capacity)
     rows, counts = (torch.cat(pair) for pair in zip(out[:2], lab[:2], strict=True))
-    return [foreground, rows], sums, health, counts, [out[2], lab[2]]
+    return [masks, rows], sums, health, counts, [out[2], lab[2]]
 
 
 def launch_row_maps(x: Tensor, sites: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Sums of the activated output over instances, the pairs that touch, and the gradient of the sums.
+"""Sums of the activated output over instances, the pairs that touch, and the gradient of all sums in x.
 
 At a voxel: a the activated output, y its label, o and l the rows of its output and label instance (0 = none), inside
 = (1 <= o <= kept), phi(a, w) the quantity of the criterion. Then (columns as in ops.py)
@@ -18,12 +18,19 @@ Backward, G the gradients of the tables, phi' the derivative in a:
     da = G_o.MASS + G_o.INTERSECTION [l > 0] + G_o.COST phi'(a, [l > 0]) + G_o.EXCESS e'
        + G_l.MASS + [inside] (G_l.INTERSECTION + G_l.COST c') + G_s.0 y + G_s.1 phi'(a, y)
 
-with e' = phi'(a a, 0) a [y = 0], c' = phi'(a, 1); without no_tp e' = phi'(a, 0), c' = phi'(a, 1) - phi'(a, 0).
+with e' = phi'(a a, 0) a [y = 0], c' = phi'(a, 1); without no_tp e' = phi'(a, 0), c' = phi'(a, 1) - phi'(a, 0). It goes
+on to the volume x that was activated, together with that of the pixel term, du = G_p.0 w + G_p.1 phi'(u, w) for the
+u and w of activation.py and the pixel term's own phi. With s = p (1 - p), p = sigmoid(x), where the activation is a
+sigmoid, else s = 1:
 
-phi is computed in the precision of a (float32 for a hard a) and added in float64. Deterministic where the values are
-integers, as for a hard a; otherwise atomics add in any order, which shows in the last bits of a float64. The backward
-is deterministic; the order of the pairs is not. Bytes a voxel: forward 9 + the size of a, read once; backward the
-same and one gradient written.
+    dx = da s + du s       if the pixel term sees the probability or the hard output,
+    dx = da s + du         if it sees x itself; without du if it is not fused.
+
+phi is computed in the precision of a (forward, float32 for a hard a) or of x (backward), and added in float64.
+Deterministic where the values are integers, as for a hard a; otherwise atomics add in any order, which shows in the
+last bits of a float64. The backward is deterministic; the order of the pairs is not. Bytes a voxel: forward 9 + the
+size of a, read once. Backward 9, 1 more for a hard a, x where the formulas want it (not for a given probability that no
+pixel term sees) and the labels where the pixel term sees them, and one gradient written.
 """
 
 import torch
@@ -32,7 +39,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import ops
+from .activation import NONE, NOT_FUSED, RAW, SIGMOID, probability, seen_by_pixel
 from .blocks import block_size
+from .quantities import phi, phi_derivative, sum_where
 
 MASS: tl.constexpr = tl.constexpr(ops.MASS)
 INTERSECTION: tl.constexpr = tl.constexpr(ops.INTERSECTION)
@@ -52,50 +61,6 @@ PAIRS_BLOCK = 256
 OUT_FACTOR: tl.constexpr = tl.constexpr(0x9E3779B1)
 LAB_FACTOR: tl.constexpr = tl.constexpr(0x85EBCA6B)
 HASH_SHIFT: tl.constexpr = tl.constexpr(15)
-
-
-@triton.jit
-def _at_least(value, LOWEST: tl.constexpr):
-    """`value`, or LOWEST if that is larger; NaN stays NaN, as in torch.clamp."""
-    return tl.where(value < LOWEST, tl.full(value.shape, LOWEST, value.dtype), value)
-
-
-@triton.jit
-def _phi(u, w, QUANTITY: tl.constexpr):
-    """phi(u, w) for a block w of zeros and ones: u, u^2, |u - w|, (u - w)^2 or binary cross entropy."""
-    if QUANTITY == 0:
-        phi = u
-    elif QUANTITY == 1:
-        phi = u * u
-    elif QUANTITY == 2:
-        phi = tl.abs(u - w)
-    elif QUANTITY == 3:
-        phi = (u - w) * (u - w)
-    else:
-        phi = -_at_least(tl.log(tl.where(w > 0, u, 1 - u)), -100.0)
-    return phi
-
-
-@triton.jit
-def _phi_derivative(u, w, QUANTITY: tl.constexpr):
-    """Derivative of phi(u, w) in u."""
-    if QUANTITY == 0:
-        derivative = tl.zeros_like(u) + 1
-    elif QUANTITY == 1:
-        derivative = 2 * u
-    elif QUANTITY == 2:
-        derivative = tl.where(u > w, 1.0, tl.where(u < w, -1.0, u - w)).to(u.dtype)  # u - w is 0 or NaN there
-    elif QUANTITY == 3:
-        derivative = 2 * (u - w)
-    else:
-        derivative = (u - w) / _at_least(u * (1 - u), 1e-12)
-    return derivative
-
-
-@triton.jit
-def _sum(value, here):
-    """Sum of the lanes `here`, in float64."""
-    return tl.sum(tl.where(here, value.to(tl.float64), 0.0), axis=0)
 
 
 @triton.jit
@@ -152,25 +117,25 @@ def _sum_instances_kernel(
     kept = tl.load(kept_ptr + sample)
 
     partial_ptr = sample_sums_ptr + (sample * tl.num_programs(0) + tl.program_id(0)) * SAMPLE_COLUMNS
-    tl.store(partial_ptr, _sum(a * y, in_volume))
-    tl.store(partial_ptr + 1, _sum(_phi(a, y, QUANTITY), in_volume))
-    tl.store(partial_ptr + 2, _sum(y, in_volume))
+    tl.store(partial_ptr, sum_where(a * y, in_volume))
+    tl.store(partial_ptr + 1, sum_where(phi(a, y, QUANTITY), in_volume))
+    tl.store(partial_ptr + 2, sum_where(y, in_volume))
 
-    phi_0 = _phi(a, tl.zeros_like(a), QUANTITY)
-    phi_1 = _phi(a, tl.zeros_like(a) + 1, QUANTITY)
-    excess = tl.where(y > 0, 0.0, _phi(a * a, tl.zeros_like(a), QUANTITY)) if NO_TP else phi_0
+    phi_0 = phi(a, tl.zeros_like(a), QUANTITY)
+    phi_1 = phi(a, tl.zeros_like(a) + 1, QUANTITY)
+    excess = tl.where(y > 0, 0.0, phi(a * a, tl.zeros_like(a), QUANTITY)) if NO_TP else phi_0
     while tl.max(key, axis=0) > 0:
         largest = tl.max(key, axis=0)
         here = key == largest
         out, lab = largest >> 32, largest & 0xFFFFFFFF
         inside = (out > 0) & (out <= kept)
-        count = _sum(tl.zeros_like(a) + 1, here)
-        mass, cost_0, cost_1 = _sum(a, here), _sum(phi_0, here), _sum(phi_1, here)
+        count = sum_where(tl.zeros_like(a) + 1, here)
+        mass, cost_0, cost_1 = sum_where(a, here), sum_where(phi_0, here), sum_where(phi_1, here)
         if (out > 0) & (out <= out_capacity):
             row_ptr = out_sums_ptr + (sample * out_capacity + out - 1) * COLUMNS
             tl.atomic_add(row_ptr + MASS, mass, sem="relaxed")
             tl.atomic_add(row_ptr + COST, tl.where(lab > 0, cost_1, cost_0), sem="relaxed")
-            tl.atomic_add(row_ptr + EXCESS, _sum(excess, here), sem="relaxed")
+            tl.atomic_add(row_ptr + EXCESS, sum_where(excess, here), sem="relaxed")
             if lab > 0:
                 tl.atomic_add(row_ptr + INTERSECTION, mass, sem="relaxed")
                 tl.atomic_add(row_ptr + OVERLAP, count, sem="relaxed")
@@ -192,26 +157,34 @@ def _sum_instances_backward_kernel(
     grad_out_sums_ptr,  # (B, out_capacity, 5) float64
     grad_lab_sums_ptr,  # (B, lab_capacity, 5) float64
     grad_sample_sums_ptr,  # (B, 3) float64
-    a_ptr,  # (B, V) bool, float32 or float64
+    grad_pixel_sums_ptr,  # (B, 3) float64
+    x_ptr,  # (B, V) float32 or float64
+    labels_ptr,  # (B, V) of any real dtype
+    foreground_ptr,  # (B, V) bool
     y_ptr,  # (B, V) bool
     out_rows_ptr,  # (B, V) int32
     lab_rows_ptr,  # (B, V) int32
     kept_ptr,  # (B,) int32
-    grad_a_ptr,  # (B, V) float32 or float64
+    grad_x_ptr,  # (B, V), of the dtype of x
     V,
     out_capacity,
     lab_capacity,
     QUANTITY: tl.constexpr,
     NO_TP: tl.constexpr,
-    PRECISION: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    PIXEL: tl.constexpr,
+    PIXEL_QUANTITY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     voxel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     sample = tl.program_id(1).to(tl.int64)
     index = sample * V + voxel
     in_volume = voxel < V
-    a = tl.load(a_ptr + index, mask=in_volume, other=0).to(PRECISION)
-    y = tl.load(y_ptr + index, mask=in_volume, other=0).to(PRECISION)
+    # What is loaded and then not used, the compiler drops.
+    x = tl.load(x_ptr + index, mask=in_volume, other=0)
+    y = tl.load(y_ptr + index, mask=in_volume, other=0).to(x.dtype)
+    foreground = tl.load(foreground_ptr + index, mask=in_volume, other=0)
+    a = x if ACTIVATION == NONE else foreground.to(x.dtype)
     out = tl.load(out_rows_ptr + index, mask=in_volume, other=0)
     lab = tl.load(lab_rows_ptr + index, mask=in_volume, other=0)
     kept = tl.load(kept_ptr + sample)
@@ -219,15 +192,15 @@ def _sum_instances_backward_kernel(
     in_out = (out > 0) & (out <= out_capacity)
     in_lab = (lab > 0) & (lab <= lab_capacity)
     inside = in_lab & (out > 0) & (out <= kept)
-    on_label = (lab > 0).to(PRECISION)
-    slope_0 = _phi_derivative(a, tl.zeros_like(a), QUANTITY)
-    slope_1 = _phi_derivative(a, tl.zeros_like(a) + 1, QUANTITY)
-    excess = tl.where(y > 0, 0.0, _phi_derivative(a * a, tl.zeros_like(a), QUANTITY) * a) if NO_TP else slope_0
+    on_label = (lab > 0).to(x.dtype)
+    slope_0 = phi_derivative(a, tl.zeros_like(a), QUANTITY)
+    slope_1 = phi_derivative(a, tl.zeros_like(a) + 1, QUANTITY)
+    excess = tl.where(y > 0, 0.0, phi_derivative(a * a, tl.zeros_like(a), QUANTITY) * a) if NO_TP else slope_0
 
     row_ptr = grad_out_sums_ptr + (sample * out_capacity + out - 1) * COLUMNS
     grad = tl.load(row_ptr + MASS, mask=in_out, other=0.0)
     grad += tl.load(row_ptr + INTERSECTION, mask=in_out & (lab > 0), other=0.0)
-    grad += _times(tl.load(row_ptr + COST, mask=in_out, other=0.0), _phi_derivative(a, on_label, QUANTITY), in_out)
+    grad += _times(tl.load(row_ptr + COST, mask=in_out, other=0.0), phi_derivative(a, on_label, QUANTITY), in_out)
     grad += _times(tl.load(row_ptr + EXCESS, mask=in_out, other=0.0), excess, in_out)
 
     row_ptr = grad_lab_sums_ptr + (sample * lab_capacity + lab - 1) * COLUMNS
@@ -238,8 +211,22 @@ def _sum_instances_backward_kernel(
 
     row_ptr = grad_sample_sums_ptr + sample * SAMPLE_COLUMNS
     grad += tl.load(row_ptr) * y.to(tl.float64)
-    grad += tl.load(row_ptr + 1) * _phi_derivative(a, y, QUANTITY).to(tl.float64)
-    tl.store(grad_a_ptr + index, grad.to(grad_a_ptr.dtype.element_ty), mask=in_volume)
+    grad += tl.load(row_ptr + 1) * phi_derivative(a, y, QUANTITY).to(tl.float64)
+
+    p = probability(x, ACTIVATION)
+    if PIXEL != NOT_FUSED:
+        labels = tl.load(labels_ptr + index, mask=in_volume, other=0)
+        u, w = seen_by_pixel(x, p, foreground, y, labels, PIXEL)
+        row_ptr = grad_pixel_sums_ptr + sample * SAMPLE_COLUMNS
+        by_u = tl.load(row_ptr) * w.to(tl.float64)
+        by_u += tl.load(row_ptr + 1) * phi_derivative(u, w, PIXEL_QUANTITY).to(tl.float64)
+        if PIXEL != RAW:
+            grad += by_u
+    if ACTIVATION == SIGMOID:
+        grad *= (p * (1 - p)).to(tl.float64)
+    if PIXEL == RAW:
+        grad += by_u
+    tl.store(grad_x_ptr + index, grad.to(x.dtype), mask=in_volume)
 
 
 @triton.jit
@@ -263,17 +250,17 @@ def _sum_neighbours_kernel(
     tl.atomic_add(sums_ptr + sample * capacity + target - 1, value, mask=here, sem="relaxed")
 
 
-def _precision(a: Tensor) -> tl.dtype:
-    """What phi is computed in."""
-    return tl.float64 if a.dtype == torch.float64 else tl.float32
+def _sides(x: Tensor, sites: list[Tensor], activation: int) -> tuple[Tensor, ...]:
+    """The activated output, y and the two row maps, from sites (instances.py)."""
+    (foreground, y), (out_rows, lab_rows) = (site.chunk(2) for site in sites)
+    return x if activation == ops.NONE else foreground, y, out_rows, lab_rows
 
 
 def launch_sum_instances(
-    a: Tensor,
-    y: Tensor,
-    out_rows: Tensor,
-    lab_rows: Tensor,
+    x: Tensor,
+    sites: list[Tensor],
     kept: Tensor,
+    activation: int,
     quantity: int,
     no_tp: bool,
     out_capacity: int,
@@ -283,6 +270,7 @@ def launch_sum_instances(
     """Sums by output, by label and by sample, and the pairs that touch; `pair_capacity` is a power of two."""
     if pair_capacity < 1 or pair_capacity & (pair_capacity - 1):
         raise ValueError(f"pair_capacity must be a power of two, got {pair_capacity}.")
+    a, y, out_rows, lab_rows = _sides(x, sites, activation)
     batch, num_voxels = a.shape[0], a[0].numel() if a.shape[0] else 0
     out_sums = torch.zeros((batch, out_capacity, ops.SUMS_COLUMNS), dtype=torch.float64, device=a.device)
     lab_sums = torch.zeros((batch, lab_capacity, ops.SUMS_COLUMNS), dtype=torch.float64, device=a.device)
@@ -291,10 +279,11 @@ def launch_sum_instances(
     programs = triton.cdiv(num_voxels, block)
     sample_sums = torch.empty((batch, programs, ops.SAMPLE_COLUMNS), dtype=torch.float64, device=a.device)
     if a.numel() > 0:
+        precision = tl.float64 if a.dtype == torch.float64 else tl.float32
         _sum_instances_kernel[(programs, batch)](
             a, y, out_rows, lab_rows, kept, out_sums, lab_sums, sample_sums, pairs,
             num_voxels, out_capacity, lab_capacity, pair_capacity,
-            quantity, no_tp, _precision(a), block, num_warps=SUMS_WARPS,
+            quantity, no_tp, precision, block, num_warps=SUMS_WARPS,
         )  # fmt: skip
     return out_sums, lab_sums, sample_sums.sum(dim=1), pairs
 
@@ -303,29 +292,31 @@ def launch_sum_instances_backward(
     grad_out_sums: Tensor,
     grad_lab_sums: Tensor,
     grad_sample_sums: Tensor,
-    a: Tensor,
-    y: Tensor,
-    out_rows: Tensor,
-    lab_rows: Tensor,
+    grad_pixel_sums: Tensor,
+    x: Tensor,
+    labels: Tensor,
+    sites: list[Tensor],
     kept: Tensor,
+    activation: int,
     quantity: int,
     no_tp: bool,
-    dtype: torch.dtype,
+    pixel: int,
+    pixel_quantity: int,
 ) -> Tensor:
-    """Gradient of `a`, of `dtype`, from the gradients of the three tables of sums."""
-    grad_a = torch.empty(a.shape, dtype=dtype, device=a.device)
-    if a.numel() == 0:
-        return grad_a
+    """Gradient of `x` from the gradients of the three tables of sums and of the sums of the pixel term."""
+    grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if x.numel() == 0:
+        return grad_x
     # Autograd hands over expanded gradients as they are.
-    grads = [grad.contiguous() for grad in (grad_out_sums, grad_lab_sums, grad_sample_sums)]
-    num_voxels = a[0].numel()
+    grads = [grad.contiguous() for grad in (grad_out_sums, grad_lab_sums, grad_sample_sums, grad_pixel_sums)]
+    num_voxels = x[0].numel()
     block = block_size(num_voxels, GRADIENT_BLOCK)
-    _sum_instances_backward_kernel[(triton.cdiv(num_voxels, block), a.shape[0])](
-        *grads, a, y, out_rows, lab_rows, kept, grad_a,
+    _sum_instances_backward_kernel[(triton.cdiv(num_voxels, block), x.shape[0])](
+        *grads, x, labels, *sites[0].chunk(2), *sites[1].chunk(2), kept, grad_x,
         num_voxels, grad_out_sums.shape[1], grad_lab_sums.shape[1],
-        quantity, no_tp, _precision(a), block,
+        quantity, no_tp, activation, pixel, pixel_quantity, block,
     )  # fmt: skip
-    return grad_a
+    return grad_x
 
 
 def launch_sum_neighbours(values: Tensor, pairs: Tensor, to_labels: bool, capacity: int) -> Tensor:

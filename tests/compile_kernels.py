@@ -26,6 +26,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
+from triton_instance_loss.ops import GIVEN, HARD, NONE, NOT_FUSED, PROBABILITY, RAW, SIGMOID  # noqa: E402
+
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 ARCHITECTURES = (80, 90, 100)
 TYPES = {
@@ -45,6 +47,18 @@ SUMS = [
     (torch.float32, 3, True),
     (torch.float32, 4, True),
     (torch.float64, 4, True),
+]
+# Activation: types of x and labels, activation, threshold, what the pixel term sees, its quantity. Every activation and
+# pixel term, with the dearest types too.
+ACTIVATIONS = [
+    (torch.float32, torch.bool, SIGMOID, 0.5, PROBABILITY, 1),
+    (torch.float32, torch.uint8, SIGMOID, 0.5, RAW, 2),
+    (torch.float32, torch.float32, SIGMOID, 0.5, NOT_FUSED, 4),
+    (torch.float32, torch.int32, NONE, 0.0, RAW, 3),
+    (torch.float32, torch.int64, GIVEN, 0.3, HARD, 0),
+    (torch.float64, torch.float64, SIGMOID, 0.3, RAW, 3),
+    (torch.float64, torch.float64, SIGMOID, 0.3, HARD, 3),
+    (torch.float64, torch.float64, NONE, 2.0, PROBABILITY, 2),
 ]
 
 
@@ -77,12 +91,18 @@ def call_launchers():
         sides = (geometry, geometry, counts, counts, list(shape[1:]))
         room["centers"].launch_center_overlaps(*sides, [2, 2, 2])
         room["proximity"].launch_proximity_minima(*sides, depth == 1)
-    rows = torch.zeros(shape, dtype=torch.int32)
+    sites = [torch.zeros((4, *shape[1:]), dtype=dtype) for dtype in (torch.bool, torch.int32)]
     for dtype, quantity, no_tp in SUMS:
-        case = (torch.zeros(shape, dtype=dtype), mask, rows, rows, counts, quantity, no_tp)
+        x = torch.zeros(shape, dtype=torch.float32 if dtype == torch.bool else dtype)
+        activation = SIGMOID if dtype == torch.bool else NONE
+        case = (x, sites, counts, activation, quantity, no_tp)
         tables = room["tables"].launch_sum_instances(*case, 20, 20, 64)[:3]
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
-        room["tables"].launch_sum_instances_backward(*tables, *case, wide)
+    for dtype, label_dtype, activation, threshold, *pixel in ACTIVATIONS:
+        volumes = torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=label_dtype)
+        _, sums, _ = room["activation"].launch_activate(*volumes, activation, threshold, *pixel)
+        for quantity, no_tp in ((4, True), (3, False)):
+            case = (*volumes, sites, counts, activation, quantity, no_tp, *pixel)
+            room["tables"].launch_sum_instances_backward(*tables, sums, *case)
     for to_labels in (True, False):
         room["tables"].launch_sum_neighbours(tables[0][..., 0], torch.zeros((2, 64), dtype=torch.int64), to_labels, 20)
 
@@ -100,7 +120,7 @@ def launches():
                 signature[parameter.name], constants[parameter.name] = "constexpr", value
             else:
                 signature[parameter.name] = "i32"
-        types = [kind[1:] for name, kind in signature.items() if name in ("a_ptr", "grad_a_ptr")]
+        types = [kind[1:] for name, kind in signature.items() if name in ("a_ptr", "x_ptr", "labels_ptr")]
         variant = " ".join([*types, *(f"{name}={value}" for name, value in constants.items())])
         kernel = f"{self.fn.__module__.rsplit('.', 1)[1]}.{self.fn.__name__}"
         noted[kernel, variant] = self, signature, constants, options

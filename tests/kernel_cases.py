@@ -1,8 +1,12 @@
 """What the tests of the kernels share: masks, and plain statements of labelling and numbering."""
 
+import importlib
+
 import numpy as np
 import torch
 from scipy import ndimage
+
+from triton_instance_loss import ops
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FAR = 2**31 - 1
@@ -81,3 +85,29 @@ def assert_same(result, expected):
     """Equal in value, dtype and shape, one by one."""
     for ours, theirs in zip(result, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
+
+
+def activate(*arguments):
+    """`launch_activate`, its mask as foreground and y."""
+    masks, sums, health = importlib.import_module("triton_instance_loss.kernels.activation").launch_activate(*arguments)
+    return *masks.chunk(2), sums, health
+
+
+def sum_instances(a, y, out_rows, lab_rows, kept, quantity, no_tp, *capacities):
+    """`launch_sum_instances` of an activated output, bool (hard) or float, and of what its sites are made of."""
+    hard = a.dtype == torch.bool
+    sites = [torch.cat((a if hard else a > 0, y)), torch.cat((out_rows, lab_rows))]
+    x, activation = (a.float(), ops.GIVEN) if hard else (a, ops.NONE)
+    tables = importlib.import_module("triton_instance_loss.kernels.tables")
+    return tables.launch_sum_instances(x, sites, kept, activation, quantity, no_tp, *capacities)
+
+
+def sum_instances_backward(*arguments):
+    """`launch_sum_instances_backward`, the sites one by one."""
+    (*grads, x, labels, foreground, y), (out_rows, lab_rows, kept, quantity, no_tp, activation, *pixel) = (
+        arguments[:8],
+        arguments[8:],
+    )
+    sites = [torch.cat((foreground, y)), torch.cat((out_rows, lab_rows))]
+    tables = importlib.import_module("triton_instance_loss.kernels.tables")
+    return tables.launch_sum_instances_backward(*grads, x, labels, sites, kept, activation, quantity, no_tp, *pixel)

@@ -99,19 +99,24 @@ def test_fake_tensors_go_all_the_way(activation):
 def operator_arguments(device):
     """Arguments of each operator, from a small batch."""
     generator = torch.Generator().manual_seed(3)
-    masks = (torch.rand(2, 2, 5, 6, 7, generator=generator) > 0.7).to(device)
-    a, y = masks
-    out_rows, kept, out_geometry = ops.find_instances(a, 0, 0, 36)
-    lab_rows, num_labels, lab_geometry = ops.find_instances(y, 0, 0, 36)
-    sums = (a, y, out_rows, lab_rows, kept, 0, True)
-    out_sums, lab_sums, sample_sums, pairs = ops.sum_instances(*sums, 36, 36, 128)
-    boxes = (out_geometry, lab_geometry, kept, num_labels, [5, 6, 7])
+    x, labels = torch.rand(2, 2, 5, 6, 7, generator=generator).to(device)
+    labels = (labels > 0.7).int()
+    rows = (36, 36)
+    find = (x, labels, None, ops.SIGMOID, 0.66, ops.PROBABILITY, 0, 0, 0, *rows)
+    sites, pixel_sums, _, counts, geometry = ops.find(*find)
+    sums = (x, sites, counts[:2], ops.SIGMOID, 0, True)
+    out_sums, lab_sums, sample_sums, pairs = ops.sum_instances(*sums, *rows, 128)
+    maps = ops.row_maps(x, sites)
+    boxes = (*geometry[0].chunk(2), *counts.chunk(2), [5, 6, 7])
+    with_sites = (x, labels, *sums[1:], ops.PROBABILITY, 0)
     return {
-        "components": (a, 0),
-        "find_instances": (a, 2, 1, 210),
-        "number_instances": (out_rows.long() * 2**40, 0, 36),
-        "sum_instances": (*sums, 36, 36, 128),
-        "sum_instances_backward": (out_sums, lab_sums, sample_sums, *sums, torch.float32),
+        "find": find,
+        "row_maps": (x, sites),
+        "components": (maps[0], 0),
+        "find_instances": (maps[0], 2, 1, 210),
+        "number_instances": (maps[2].long() * 2**40, 0, 36),
+        "sum_instances": (*sums, *rows, 128),
+        "sum_instances_backward": (out_sums, lab_sums, sample_sums, pixel_sums, *with_sites),
         "sum_neighbours": (out_sums[..., 0].contiguous(), pairs, True, 36),
         "center_overlaps": (*boxes, [1, 2, 3]),
         "center_volumes": (*boxes, [1, 2, 3]),

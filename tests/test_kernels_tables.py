@@ -1,12 +1,25 @@
 """The kernels that sum over instances against drawn truths, and against a plain statement of what they compute."""
 
+import math
+
 import pytest
 import torch
-from kernel_cases import DEVICE, FAR, GRADIENT_ERRORS, SHAPES, assert_same
+from kernel_cases import (
+    DEVICE,
+    FAR,
+    GRADIENT_ERRORS,
+    SHAPES,
+    activate,
+    assert_same,
+    sum_instances,
+    sum_instances_backward,
+)
 
 pytest.importorskip("triton")
 
 from triton_instance_loss.kernels import tables
+
+from triton_instance_loss.ops import GIVEN, HARD, NONE, NOT_FUSED, PROBABILITY, RAW, SIGMOID
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -74,9 +87,7 @@ def test_sums_drawn():
     out_rows = torch.tensor([[[[1, 1, 1, 0]]]], dtype=torch.int32, device=DEVICE)
     lab_rows = torch.tensor([[[[0, 1, 0, 0]]]], dtype=torch.int32, device=DEVICE)
     kept = torch.tensor([1], dtype=torch.int32, device=DEVICE)
-    out_sums, lab_sums, sample_sums, pairs = tables.launch_sum_instances(
-        a, y, out_rows, lab_rows, kept, 0, True, 2, 1, 4
-    )
+    out_sums, lab_sums, sample_sums, pairs = sum_instances(a, y, out_rows, lab_rows, kept, 0, True, 2, 1, 4)
     # mass, intersection, cost, excess, overlap: the too small label at the first voxel is background, yet y = 1 there
     assert out_sums.tolist() == [[[1.75, 1.0, 1.75, 0.0625, 1.0], [0.0] * 5]]
     assert lab_sums.tolist() == [[[1.0, 1.0, 1.0, 1.0, 1.0]]]
@@ -84,10 +95,19 @@ def test_sums_drawn():
     assert sorted(pairs[0].tolist()) == [0, 0, 0, (1 << 32) | 1]
 
 
+def gradient_of_a(grads, case, quantity, no_tp):
+    """The gradient where x is a itself, or the probability behind a hard a, and no pixel term is fused."""
+    a, *case = case
+    x, code, foreground = (a.float(), GIVEN, a) if a.dtype == torch.bool else (a, NONE, a >= 0.5)
+    no_pixel = torch.full((a.shape[0], 3), float("nan"), dtype=torch.float64, device=DEVICE)
+    arguments = (x, torch.full_like(x, float("nan")), foreground, *case, quantity, no_tp, code, NOT_FUSED, 4)
+    return sum_instances_backward(*grads, no_pixel, *arguments)
+
+
 def assert_sums(case, quantity, no_tp, tolerance):
     """Tables, pairs and gradient of one case against the plain statement."""
     a, y, out_rows, lab_rows, kept = case
-    ours = tables.launch_sum_instances(*case, quantity, no_tp, 5, 4, 32)
+    ours = sum_instances(*case, quantity, no_tp, 5, 4, 32)
     wide = a.float() if a.dtype == torch.bool else a
     wide = wide.clone().requires_grad_()
     *expected, pairs = plain_sums(wide, y, out_rows, lab_rows, kept, quantity, no_tp, 5, 4)
@@ -99,7 +119,7 @@ def assert_sums(case, quantity, no_tp, tolerance):
     grads = [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(DEVICE) for t in expected]
     grads[0] = grads[0][:, :1].expand_as(grads[0])
     (plain,) = torch.autograd.grad(expected, wide, grads)
-    ours = tables.launch_sum_instances_backward(*grads, *case, quantity, no_tp, wide.dtype)
+    ours = gradient_of_a(grads, case, quantity, no_tp)
     torch.testing.assert_close(ours, plain, rtol=0, atol=GRADIENT_ERRORS[wide.dtype] * float(plain.abs().max()))
 
 
@@ -138,10 +158,10 @@ def test_sums_of_raw_logits():
 def test_sums_of_saturated_cross_entropy():
     a, *case = random_case((1, 3, 5, 7), torch.float32)
     case = [(a > 0.5).float(), *case]
-    ours = tables.launch_sum_instances(*case, 4, False, 5, 4, 32)
+    ours = sum_instances(*case, 4, False, 5, 4, 32)
     expected = plain_sums(*case, 4, False, 5, 4)
     assert_same(ours[:3], expected[:3])  # log 0 is -100, as in torch
-    grad_a = tables.launch_sum_instances_backward(*[torch.ones_like(t) for t in ours[:3]], *case, 4, False, a.dtype)
+    grad_a = gradient_of_a([torch.ones_like(t) for t in ours[:3]], case, 4, False)
     assert grad_a.isfinite().all()
     assert grad_a.abs().max() >= 1e11
 
@@ -151,10 +171,104 @@ def test_sums_of_broken_outputs_end(value):
     a, *case = random_case((2, 3, 5, 7), torch.float32)
     a[0, 0, 0, 0] = value
     for quantity in (0, 4):
-        tables_ours = tables.launch_sum_instances(a, *case, quantity, True, 5, 4, 32)
+        tables_ours = sum_instances(a, *case, quantity, True, 5, 4, 32)
         grads = [torch.ones_like(t) for t in tables_ours[:3]]
-        tables.launch_sum_instances_backward(*grads, a, *case, quantity, True, a.dtype)
+        gradient_of_a(grads, [a, *case], quantity, True)
     assert tables_ours[0][1].isfinite().all()
+
+
+def test_gradient_of_x_drawn():
+    # Two outputs of one voxel and one voxel without; only the masses of outputs and the pixel term have gradients.
+    x = torch.tensor([[[[0.0, math.log(3), -math.log(3)]]]], dtype=torch.float64, device=DEVICE)
+    y = torch.tensor([[[[True, False, False]]]], device=DEVICE)
+    labels = torch.tensor([[[[1, 0, 2]]]], device=DEVICE)
+    rows = torch.tensor([[[[1, 2, 0]]]], dtype=torch.int32, device=DEVICE)
+    kept = torch.tensor([2], dtype=torch.int32, device=DEVICE)
+    grads = [torch.zeros(shape, dtype=torch.float64, device=DEVICE) for shape in ((1, 2, 5), (1, 1, 5), (1, 3))]
+    grads[0][0, :, 0] = torch.tensor([4.0, 16.0])
+    pixel = torch.tensor([[8.0, 16.0, float("nan")]], dtype=torch.float64, device=DEVICE)  # truth has no gradient
+
+    def gradient(*codes):
+        arguments = (*grads, pixel, x, labels, y, y, rows, torch.zeros_like(rows), kept, 0, True, *codes)
+        return sum_instances_backward(*arguments).flatten().tolist()
+
+    # sigmoid(x) = 1/2, 3/4, 1/4, with slopes 1/4, 3/16, 3/16
+    assert gradient(SIGMOID, NOT_FUSED, 3) == pytest.approx([4 / 4, 16 * 3 / 16, 0], rel=1e-15)
+    assert gradient(GIVEN, NOT_FUSED, 3) == [4, 16, 0]
+    # 8 w + 16 * 2 (u - w), with u = 1/2, 3/4, 1/4 and w = 1, 0, 0
+    assert gradient(SIGMOID, PROBABILITY, 3) == pytest.approx([-4 / 4, (16 + 24) * 3 / 16, 8 * 3 / 16], rel=1e-15)
+    # with the foreground u = 1, 0, 0 and w = 1, 0, 2
+    assert gradient(SIGMOID, HARD, 3) == pytest.approx([(4 + 8) / 4, 16 * 3 / 16, (16 - 64) * 3 / 16], rel=1e-15)
+    # 8 w + 16 sign(x - w): the slope is not on its way, as this pixel term sees x
+    assert gradient(SIGMOID, RAW, 2) == pytest.approx([4 / 4 + 8 - 16, 3 + 16, 0 + 16 - 16], rel=1e-15)
+    assert gradient(NONE, PROBABILITY, 0) == [4 + 8 + 16, 16 + 16, 16]
+
+
+def assert_gradient_of_x(shape, dtype, label_dtype, code, pixel, pixel_quantity, quantity=3):
+    """The gradient of x against autograd through a plain statement, with what `launch_activate` gives."""
+    generator = torch.Generator().manual_seed(1)
+    _, _, out_rows, lab_rows, kept = random_case(shape, dtype)
+    source = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).to(DEVICE)
+    labels = torch.randint(0, 4, shape, generator=generator).to(DEVICE)
+    labels = labels == 1 if label_dtype == torch.bool else labels.to(label_dtype)
+    labels = labels * 0.5 if label_dtype.is_floating_point else labels
+    foreground, y, *_ = activate(source, labels, code, 0.4, NOT_FUSED, 0)
+
+    x = source.clone().requires_grad_()
+    p = torch.sigmoid(x) if code == SIGMOID else x
+    hard = foreground.to(dtype) + (p - p.detach())
+    a = x if code == NONE else hard
+    *sums, _ = plain_sums(a, y, out_rows, lab_rows, kept, quantity, True, 5, 4)
+    if pixel == NOT_FUSED:
+        sums.append(torch.zeros((shape[0], 3), dtype=torch.float64, device=DEVICE) * x.sum())
+    else:
+        u = {RAW: x, PROBABILITY: p, HARD: hard}[pixel].double()
+        w = (y if pixel == PROBABILITY else labels).double()
+        parts = u * w, phi(u, w, pixel_quantity), w * w if pixel_quantity == 1 else w
+        sums.append(torch.stack([part.sum((1, 2, 3)) for part in parts], 1))
+    grads = [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(DEVICE) for t in sums]
+    (plain,) = torch.autograd.grad(sums, x, grads)
+    case = (source, labels, foreground, y, out_rows, lab_rows, kept, quantity, True, code, pixel, pixel_quantity)
+    ours = sum_instances_backward(*grads, *case)
+    assert ours.dtype == dtype
+    torch.testing.assert_close(ours, plain, rtol=0, atol=GRADIENT_ERRORS[dtype] * float(plain.abs().max()))
+
+
+@pytest.mark.parametrize("code", [NONE, SIGMOID, GIVEN])
+@pytest.mark.parametrize("pixel", [NOT_FUSED, RAW, PROBABILITY, HARD])
+@pytest.mark.parametrize("pixel_quantity", range(4))
+def test_gradient_of_x(code, pixel, pixel_quantity):
+    assert_gradient_of_x((2, 3, 5, 7), torch.float64, torch.float32, code, pixel, pixel_quantity)
+
+
+@pytest.mark.parametrize("label_dtype", [torch.bool, torch.int32, torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gradient_of_x_by_types(dtype, label_dtype):
+    for code, pixel in ((NONE, RAW), (SIGMOID, PROBABILITY), (GIVEN, HARD)):
+        assert_gradient_of_x((2, 3, 5, 7), dtype, label_dtype, code, pixel, 3, quantity=1)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_gradient_of_x_of_shapes(shape):
+    assert_gradient_of_x(shape, torch.float32, torch.uint8, SIGMOID, RAW, 1)
+
+
+@pytest.mark.usefixtures("any_order")
+def test_gradient_of_x_at_gpu_block_sizes_in_any_order():
+    assert_gradient_of_x((2, 5, 11, 13), torch.float32, torch.float32, SIGMOID, PROBABILITY, 3)
+
+
+def test_gradient_of_x_where_the_sigmoid_is_saturated():
+    x = torch.tensor([[[[-200.0, 15.0, 200.0, float("inf"), float("-inf")]]]], device=DEVICE)
+    y, rows = x > 0, (x > 0).int()
+    kept = torch.ones(1, dtype=torch.int32, device=DEVICE)
+    grads = [torch.ones(shape, dtype=torch.float64, device=DEVICE) for shape in ((1, 1, 5), (1, 1, 5), (1, 3), (1, 3))]
+    case = (x, y, y, y, rows, rows, kept, 0, True, SIGMOID, PROBABILITY, 0)
+    ours = sum_instances_backward(*grads, *case).flatten()
+    # mass, intersection and cost of an output and of a label, no excess on labels; a y and phi of sample and pixel term
+    slope = math.exp(-15.0) / (1.0 + math.exp(-15.0)) ** 2
+    assert ours[1].item() == pytest.approx(10 * slope, rel=0.2)  # 1 - p has few bits left
+    assert ours[[0, 2, 3, 4]].tolist() == [0.0] * 4
 
 
 def test_pairs_fill_the_table_and_no_more():
@@ -164,23 +278,23 @@ def test_pairs_fill_the_table_and_no_more():
     a = torch.ones((1, 1, 8, 8), device=DEVICE)
     kept = torch.tensor([8], dtype=torch.int32, device=DEVICE)
     for slots in (64, 16, 1):
-        pairs = tables.launch_sum_instances(a, a > 0, out_rows, lab_rows, kept, 0, True, 8, 8, slots)[3]
+        pairs = sum_instances(a, a > 0, out_rows, lab_rows, kept, 0, True, 8, 8, slots)[3]
         assert len(found_pairs(pairs)[0]) == slots
 
 
 @pytest.mark.parametrize("pair_capacity", [0, 3, 12, -4])
 def test_pair_capacity_must_be_a_power_of_two(pair_capacity):
     with pytest.raises(ValueError, match=f"power of two, got {pair_capacity}"):
-        tables.launch_sum_instances(*random_case((1, 1, 2, 2), torch.float32), 0, True, 2, 2, pair_capacity)
+        sum_instances(*random_case((1, 1, 2, 2), torch.float32), 0, True, 2, 2, pair_capacity)
 
 
 def test_sums_without_voxels():
-    case = random_case((2, 0, 3, 3), torch.float32)
-    out_sums, lab_sums, sample_sums, pairs = tables.launch_sum_instances(*case, 0, True, 2, 3, 4)
+    case = random_case((2, 0, 3, 3), torch.float64)
+    out_sums, lab_sums, sample_sums, pairs = sum_instances(*case, 0, True, 2, 3, 4)
     assert_same([t.sum() for t in (out_sums, lab_sums, sample_sums)], [torch.zeros((), dtype=torch.float64)] * 3)
     assert (out_sums.shape, lab_sums.shape, sample_sums.shape) == ((2, 2, 5), (2, 3, 5), (2, 3))
     assert pairs.tolist() == [[0] * 4] * 2
-    grad_a = tables.launch_sum_instances_backward(out_sums, lab_sums, sample_sums, *case, 0, True, torch.float64)
+    grad_a = gradient_of_a((out_sums, lab_sums, sample_sums), case, 0, True)
     assert (grad_a.shape, grad_a.dtype) == ((2, 0, 3, 3), torch.float64)
 
 

@@ -15,7 +15,21 @@ from triton_instance_loss import ops
 PACKAGE = Path(triton_instance_loss.__file__).parent
 ROOT = Path(__file__).parents[1]
 # Imports point down this list.
-ORDER = ["losses", "functional", "slow", "terms", "criteria", "instances", "components", "activation", "cpu", "ops"]
+ORDER = [
+    "losses",
+    "functional",
+    "slow",
+    "terms",
+    "criteria",
+    "instances",
+    "components",
+    "activation",
+    "cpu",
+    "ops",
+    "options",
+    "quantities",
+    "checks",
+]
 
 
 def python(code, **environment):

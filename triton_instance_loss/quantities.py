@@ -1,6 +1,6 @@
 """The per-voxel quantities phi(u, w) that criteria sum over voxels: u is predicted, w is true, phi(0, 0) = 0.
 
-The number of a quantity is its code in the operators; the kernels hold the same five formulas (kernels/tables.py).
+The number of a quantity is its code in the operators; the kernels hold the same five formulas (kernels/quantities.py).
 """
 
 import torch

@@ -1,0 +1,122 @@
+"""From the volume that is activated to masks, the sums of the pixel term, and whether all is finite.
+
+At a voxel, with x the volume, p = sigmoid(x) where that is the activation and x elsewhere, t the threshold:
+
+    foreground = [p >= t], but [x == 1] without activation if t <= 0
+    y          = [label == 1]
+
+NaN compares as false, so it is background. The pixel term sees a prediction u and a truth w (codes of
+../ops.py): u = x, w = label (RAW), u = p, w = y (PROBABILITY), or u = foreground, w = label (HARD). Its sums are
+u w, phi(u, w) and truth(w), which is w, or w^2 where predictions are squared. One kernel reads x and the labels once;
+each program writes its part of the sums, and 1 or NaN for whether all its x are finite. That is counted and not found
+from a sum, which could grow too large where every value is finite. PyTorch then adds the parts.
+
+Everything is computed in the precision of x, labels are rounded to it, and sums are added in float64. Backward: in
+tables.py, together with that of the instances. Deterministic: no atomics, parts are added in a fixed order. Bytes a
+voxel: the sizes of x and of a label read, 2 written.
+"""
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import ops
+from .blocks import block_size
+from .quantities import phi, sum_where, truth
+
+NONE: tl.constexpr = tl.constexpr(ops.NONE)
+SIGMOID: tl.constexpr = tl.constexpr(ops.SIGMOID)
+NOT_FUSED: tl.constexpr = tl.constexpr(ops.NOT_FUSED)
+RAW: tl.constexpr = tl.constexpr(ops.RAW)
+PROBABILITY: tl.constexpr = tl.constexpr(ops.PROBABILITY)
+COLUMNS: tl.constexpr = tl.constexpr(ops.SAMPLE_COLUMNS)
+# Eight voxels a thread of four warps: enough loads under way to wait for memory, and few parts to add.
+ACTIVATE_BLOCK = 1024
+
+
+@triton.jit
+def probability(x, ACTIVATION: tl.constexpr):
+    """What gradients flow into: sigmoid(x), or x."""
+    if ACTIVATION == SIGMOID:
+        below = 1 + tl.exp(-x)
+        # A float32 `/` is approximate on GPUs, and sigmoid(0) has to be 0.5.
+        x = 1 / below if x.dtype == tl.float64 else tl.div_rn(tl.zeros_like(x) + 1, below)
+    return x
+
+
+@triton.jit
+def seen_by_pixel(x, p, foreground, y, labels, PIXEL: tl.constexpr):
+    """Prediction u and truth w of the pixel term, in the precision of x."""
+    if PIXEL == RAW:
+        u = x
+    elif PIXEL == PROBABILITY:
+        u = p
+    else:
+        u = foreground.to(x.dtype)
+    w = y if PIXEL == PROBABILITY else labels
+    return u, w.to(x.dtype)
+
+
+@triton.jit
+def _activate_kernel(
+    x_ptr,  # (B, V) float32 or float64
+    labels_ptr,  # (B, V) of any real dtype
+    foreground_ptr,  # (B, V) bool
+    y_ptr,  # (B, V) bool
+    sums_ptr,  # (B, programs, 3) float64; without a fused pixel term it is not written
+    health_ptr,  # (B, programs) float64
+    V,
+    ACTIVATION: tl.constexpr,
+    THRESHOLD: tl.constexpr,
+    PIXEL: tl.constexpr,
+    QUANTITY: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    voxel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    sample = tl.program_id(1).to(tl.int64)
+    index = sample * V + voxel
+    in_volume = voxel < V
+    x = tl.load(x_ptr + index, mask=in_volume, other=0)
+    labels = tl.load(labels_ptr + index, mask=in_volume, other=0)
+
+    p = probability(x, ACTIVATION)
+    only_ones: tl.constexpr = (ACTIVATION == NONE) & (THRESHOLD <= 0)
+    foreground = x == 1 if only_ones else p >= tl.full(x.shape, THRESHOLD, x.dtype)
+    y = labels == 1
+    tl.store(foreground_ptr + index, foreground, mask=in_volume)
+    tl.store(y_ptr + index, y, mask=in_volume)
+
+    part = sample * tl.num_programs(0) + tl.program_id(0)
+    broken = tl.sum((~(tl.abs(x) < float("inf"))).to(tl.int32), axis=0)
+    tl.store(health_ptr + part, tl.where(broken > 0, float("nan"), 1.0))
+    if PIXEL != NOT_FUSED:
+        u, w = seen_by_pixel(x, p, foreground, y, labels, PIXEL)
+        tl.store(sums_ptr + part * COLUMNS, sum_where(u * w, in_volume))
+        tl.store(sums_ptr + part * COLUMNS + 1, sum_where(phi(u, w, QUANTITY), in_volume))
+        tl.store(sums_ptr + part * COLUMNS + 2, sum_where(truth(w, QUANTITY), in_volume))
+
+
+def launch_activate(
+    x: Tensor, labels: Tensor, activation: int, threshold: float, pixel: int, quantity: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Foreground and y as one mask (2 B, D, H, W), the sums of the pixel term (zeros if it is not fused), health."""
+    batch, *shape = x.shape
+    masks = torch.empty((2 * batch, *shape), dtype=torch.bool, device=x.device)
+    none = torch.zeros((batch, ops.SAMPLE_COLUMNS), dtype=torch.float64, device=x.device)
+    if x.numel() == 0:
+        return masks, none, torch.ones((), dtype=torch.float64, device=x.device)
+    num_voxels = x[0].numel()
+    block = block_size(num_voxels, ACTIVATE_BLOCK)
+    programs = triton.cdiv(num_voxels, block)
+    fused = pixel != ops.NOT_FUSED
+    sums = torch.empty((batch, programs, ops.SAMPLE_COLUMNS), dtype=torch.float64, device=x.device) if fused else none
+    health = torch.empty((batch, programs), dtype=torch.float64, device=x.device)
+    # As PyTorch and NumPy compare a number with a tensor: rounded to the dtype of the tensor.
+    threshold = float(np.float64(threshold) if x.dtype == torch.float64 else np.float32(threshold))
+    _activate_kernel[(programs, batch)](
+        x, labels, *masks.chunk(2), sums, health, num_voxels,
+        activation, threshold, pixel, quantity if fused else 0, block,
+    )  # fmt: skip
+    return masks, sums.sum(dim=1) if fused else none, health.amin()

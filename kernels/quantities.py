@@ -1,0 +1,73 @@
+"""Formulas of one voxel that several kernels share, and how values of many voxels are added up.
+
+The quantities phi(u, w) of criteria and their derivatives in u are those of ../quantities.py, under the same codes:
+
+    code              phi                                            derivative
+    MASS              u                                              1
+    SQUARE            u^2                                            2 u
+    ABSOLUTE_ERROR    |u - w|                                        sign(u - w)
+    SQUARED_ERROR     (u - w)^2                                      2 (u - w)
+    CROSS_ENTROPY     -log u where w = 1, -log (1 - u) where w = 0   (u - w) / (u (1 - u))
+
+Formulas are computed in the precision of their arguments, and added in float64.
+"""
+
+import triton
+import triton.language as tl
+
+from .. import quantities
+
+MASS: tl.constexpr = tl.constexpr(quantities.MASS)
+SQUARE: tl.constexpr = tl.constexpr(quantities.SQUARE)
+ABSOLUTE_ERROR: tl.constexpr = tl.constexpr(quantities.ABSOLUTE_ERROR)
+SQUARED_ERROR: tl.constexpr = tl.constexpr(quantities.SQUARED_ERROR)
+
+
+@triton.jit
+def _at_least(value, LOWEST: tl.constexpr):
+    """`value`, or LOWEST if that is larger; NaN stays NaN, as in torch.clamp."""
+    return tl.where(value < LOWEST, tl.full(value.shape, LOWEST, value.dtype), value)
+
+
+@triton.jit
+def phi(u, w, QUANTITY: tl.constexpr):
+    """What criteria measure at a voxel, for any block w; for cross entropy it holds zeros and ones."""
+    if QUANTITY == MASS:
+        value = u
+    elif QUANTITY == SQUARE:
+        value = u * u
+    elif QUANTITY == ABSOLUTE_ERROR:
+        value = tl.abs(u - w)
+    elif QUANTITY == SQUARED_ERROR:
+        value = (u - w) * (u - w)
+    else:
+        value = -_at_least(tl.log(tl.where(w > 0, u, 1 - u)), -100.0)  # as torch.nn.BCELoss, which ends at -100
+    return value
+
+
+@triton.jit
+def phi_derivative(u, w, QUANTITY: tl.constexpr):
+    """Derivative of `phi` in u."""
+    if QUANTITY == MASS:
+        derivative = tl.zeros_like(u) + 1
+    elif QUANTITY == SQUARE:
+        derivative = 2 * u
+    elif QUANTITY == ABSOLUTE_ERROR:
+        derivative = tl.where(u > w, 1.0, tl.where(u < w, -1.0, u - w)).to(u.dtype)  # u - w is 0 or NaN there
+    elif QUANTITY == SQUARED_ERROR:
+        derivative = 2 * (u - w)
+    else:
+        derivative = (u - w) / _at_least(u * (1 - u), 1e-12)
+    return derivative
+
+
+@triton.jit
+def truth(w, QUANTITY: tl.constexpr):
+    """What a true voxel adds to the label sum of a criterion: its square if predictions are squared."""
+    return w * w if QUANTITY == SQUARE else w
+
+
+@triton.jit
+def sum_where(value, here):
+    """Sum of the lanes `here`, in float64."""
+    return tl.sum(tl.where(here, value.to(tl.float64), 0.0), axis=0)
