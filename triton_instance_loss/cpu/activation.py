@@ -60,7 +60,7 @@ def slope(x: Tensor, activation: int) -> Tensor:
     if activation != SIGMOID:
         return torch.ones_like(x)
     probability = torch.sigmoid(x)
-    return probability - probability * probability
+    return probability * (1.0 - probability)
 
 
 class _Pixel(NamedTuple):
@@ -136,7 +136,7 @@ def pixel_gradient(
         for part, by_part in zip(volume.split(CHUNK), into.split(CHUNK), strict=True):
             u = torch.sigmoid(part, out=by_part) if term.soft else part
             by_u = by_cost * phi_derivative(quantity, u, 0.0)
-            torch.mul(by_u, u - u * u if term.soft else one.to(x.dtype), out=by_part)
+            torch.mul(by_u, u * (1.0 - u) if term.soft else one.to(x.dtype), out=by_part)
     if pixel == HARD:
         more = phi_derivative(quantity, one, 0.0) - phi_derivative(quantity, nothing, 0.0)
         outputs = torch.from_numpy(foreground.out)
@@ -146,5 +146,5 @@ def pixel_gradient(
     by_u = by_intersection * truth
     if quantity not in (MASS, SQUARE):
         by_u += by_cost_at * (phi_derivative(quantity, u, truth) - phi_derivative(quantity, u, 0.0))
-    flat[voxels] += (by_u * (u - u * u) if term.soft else by_u).to(x.dtype)
+    flat[voxels] += (by_u * (u * (1.0 - u)) if term.soft else by_u).to(x.dtype)
     return grad
