@@ -26,7 +26,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from triton_instance_loss.ops import GIVEN, HARD, NONE, NOT_FUSED, PROBABILITY, RAW, SIGMOID  # noqa: E402
+from triton_instance_loss.ops import GIVEN, HARD, NONE, NOT_FUSED, NUMBERS, PROBABILITY, RAW, SIGMOID  # noqa: E402
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 ARCHITECTURES = (80, 90, 100)
@@ -91,20 +91,38 @@ def call_launchers():
         sides = (geometry, geometry, counts, counts, list(shape[1:]))
         room["centers"].launch_center_overlaps(*sides, [2, 2, 2])
         room["proximity"].launch_proximity_minima(*sides, depth == 1)
+    geometry, counts = torch.zeros((2, 20, 10), dtype=torch.int64), torch.zeros(2, dtype=torch.int32)
     sites = [torch.zeros((4, *shape[1:]), dtype=dtype) for dtype in (torch.bool, torch.int32)]
     for dtype, quantity, no_tp in SUMS:
         x = torch.zeros(shape, dtype=torch.float32 if dtype == torch.bool else dtype)
         activation = SIGMOID if dtype == torch.bool else NONE
-        case = (x, sites, counts, activation, quantity, no_tp)
-        tables = room["tables"].launch_sum_instances(*case, 20, 20, 64)[:3]
+        case = (x, sites, counts, geometry, activation, quantity, no_tp)
+        *tables, pairs = room["tables"].launch_sum_instances(*case, 20, 64)
+    per_row = [torch.zeros((2, 20), dtype=torch.float64) for _ in range(2)]
+    center = [torch.zeros((2, 20, 2), dtype=torch.int64), torch.zeros(2, dtype=torch.int64)]
+    for given, reduction, rates in (
+        (([], [], []), 0, False),
+        ((center, per_row, []), 1, True),
+        (([], [], per_row), 2, True),
+    ):
+        case = (
+            *tables,
+            torch.zeros((2, 3), dtype=torch.float64),
+            torch.zeros((), dtype=torch.float64),
+            geometry,
+            geometry,
+        )
+        _, *slopes = room["terms"].launch_terms(*case, *(counts,) * 3, *given, [0.0] * NUMBERS, reduction, rates)
+    for masses, values in ((True, True), (False, False)):
+        grads = room["terms"].launch_terms_backward(
+            torch.zeros(7, dtype=torch.float64), *slopes, *(counts,) * 3, masses, values
+        )
     for dtype, label_dtype, activation, threshold, *pixel in ACTIVATIONS:
         volumes = torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=label_dtype)
-        _, sums, _ = room["activation"].launch_activate(*volumes, activation, threshold, *pixel)
+        room["activation"].launch_activate(*volumes, activation, threshold, *pixel)
         for quantity, no_tp in ((4, True), (3, False)):
-            case = (*volumes, sites, counts, activation, quantity, no_tp, *pixel)
-            room["tables"].launch_sum_instances_backward(*tables, sums, *case)
-    for to_labels in (True, False):
-        room["tables"].launch_sum_neighbours(tables[0][..., 0], torch.zeros((2, 64), dtype=torch.int64), to_labels, 20)
+            case = (*volumes, sites, pairs, counts, activation, quantity, no_tp, *pixel)
+            room["tables"].launch_sum_instances_backward(*grads, *case)
 
 
 def launches():
@@ -116,7 +134,7 @@ def launches():
         for parameter, value in zip(self.params, args, strict=True):
             if isinstance(value, torch.Tensor):
                 signature[parameter.name] = TYPES[value.dtype]
-            elif parameter.is_constexpr or value == 1:  # a launch makes a constant of an integer that is 1
+            elif parameter.is_constexpr or value in (None, 1):  # a launch makes constants of these, too
                 signature[parameter.name], constants[parameter.name] = "constexpr", value
             else:
                 signature[parameter.name] = "i32"

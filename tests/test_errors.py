@@ -124,6 +124,8 @@ def test_cross_entropy_needs_probabilities():
         loss(torch.linspace(-2, 3, labels.numel()).view(VOLUME), labels)
     with pytest.raises(ValueError, match="loss_function_center must take values of 1 \\+ smoother"):
         InstanceLoss(None, None, torch.nn.BCELoss())
+    with pytest.raises(ValueError, match="criterion must take values of 1 \\+ smoother"):
+        functional.instance_center_loss(labels, labels, criterion=torch.nn.BCELoss())
 
 
 MASKS = [

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from . import checks, ops, quantities, slow
 from .activation import activated, check_and_widen, probabilities, select, to_activate, to_volume
-from .criteria import DICE, FusedCriterion, fused_form, warn_if_slow
+from .criteria import DICE, FusedCriterion, fused_form, refuse_cross_entropy, warn_if_slow
 from .instances import find
 from .options import Options
 from .terms import TERMS, FusedTerms, Request, place_of_centers
@@ -58,7 +58,8 @@ def evaluate_terms(
                 together: Tensor = FusedTerms.apply(  # type: ignore[no-untyped-call]
                     x, *given, truth, pixel_sums, health, request, *found[1:], *found.sites
                 )
-                values.update(zip(fused, together.to(x.dtype).unbind(), strict=True))
+                of_all = dict(zip(TERMS, together.to(x.dtype).unbind(), strict=True))
+                values.update((name, of_all[name]) for name in fused)
         return {name: values[name] for name in TERMS if name in names}
 
 
@@ -188,6 +189,7 @@ def instance_center_loss(
         1.0
     """
     checked = _checked(criterion, "criterion", options, slow_matters=False)
+    refuse_cross_entropy("criterion", criterion, checked.smoother)
     return evaluate_terms(outputs, labels, cc_label_batch, checked, ("center",), center=criterion)["center"]
 
 

@@ -139,10 +139,7 @@ class _Family(_Loss):
         for name, criterion in zip(CRITERIA, chosen, strict=True):
             checks.criterion(name, criterion)
         _, instance, center = chosen
-        if type(center) is torch.nn.BCELoss:
-            raise ValueError(
-                f"loss_function_center must take values of 1 + smoother ({1 + options.smoother!r}); BCELoss ends at 1."
-            )
+        criteria.refuse_cross_entropy("loss_function_center", center, options.smoother)
         if instance is not None and instance is not getattr(self, "loss_function_instance", None):
             criteria.warn_if_slow("loss_function_instance", instance)
         for name, criterion in zip(CRITERIA, chosen, strict=True):

@@ -34,17 +34,37 @@ HARD = 2  # a, with the derivative of what the gradient flows into; and the labe
 SIZE, COORDINATE_SUMS, LOWS, HIGHS = 0, slice(1, 4), slice(4, 7), slice(7, 10)
 GEOMETRY_COLUMNS = 10
 
-# Columns of a sums table (float64). a is the activated output, phi the quantity of the criterion (see criteria.py).
+# Columns of a sums table (float64). a is the activated output, phi the quantity of the criterion (see criteria.py), e
+# what an output brings into each label that it touches: phi(a * stopgrad(a), 0) where y = 0 (*).
 MASS = 0  # sum of a over the instance
 INTERSECTION = 1  # output: sum of a where a label instance is; label: sum of a inside kept outputs
-COST = 2  # output: sum of phi(a, 1 where a label instance is); label: sum of phi(a, 1) inside kept outputs (*)
-EXCESS = 3  # output: phi over the voxels it brings into each label it touches: phi(a * stopgrad(a), 0) where y = 0 (*)
+COST = 2  # output: sum of phi(a, 1 where a label instance is); label: of phi(a, 1) inside kept outputs (*), and their e
+LABEL = 3  # kept output: sizes of the labels that it touches
 TOUCHED = 3  # label: voxels inside any output, kept or not
 OVERLAP = 4  # output: voxels on a label instance; label: voxels inside kept outputs
 SUMS_COLUMNS = 5
-# (*) without no_tp: EXCESS is phi(a, 0) over the whole output, and a label's COST is phi(a, 1) - phi(a, 0).
+# (*) without no_tp: e is phi(a, 0) over the whole output, and a label's own share is phi(a, 1) - phi(a, 0).
 # Columns of the sample table (float64): sums over all voxels of a * y, of phi(a, y) and of y.
 SAMPLE_COLUMNS = 3
+# Gradients of a sums table have its first three columns, those of a sample table its first two: the others are counts.
+GRADIENT_COLUMNS, SAMPLE_GRADIENT_COLUMNS = 3, 2
+
+# The terms, in the order of the operator `terms`.
+PIXEL, INSTANCE_LABEL, INSTANCE_OUTPUT, CENTER, FALSE_INSTANCES, MISSED_INSTANCES, PROXIMITY = range(7)
+# What terms are made of, in a list of numbers: each criterion as a ratio of two linear functions, of sums or, for
+# center, of the numbers of voxels in both kinds of box, in output boxes only, and in label boxes only (terms.py).
+PIXEL_RATIO, INSTANCE_RATIO, MISSING, CENTER_RATIO, CENTER_SLOPES, SMOOTHER, NUMBERS = 0, 8, 16, 17, 25, 29, 30
+# How the instances of a batch are averaged: all alike, or samples alike and in each the mean or sum.
+BY_INSTANCE, BY_MEAN, BY_SUM = range(3)
+# Columns of a table of slopes (float64), from which gradients follow: derivatives of center, and of false or missed
+# instances, by the mass of an instance; of its criterion by intersection and prediction; its distance to the nearest.
+BY_CENTER, BY_FALSE, BY_INTERSECTION, BY_PREDICTION, DISTANCE = range(5)
+SLOPES_COLUMNS = 5
+# The same of a sample: derivatives of the pixel term by intersection and prediction, of the instance terms by the
+# criterion of a label and of an output, of proximity by a criterion times its distance, and of the criterion of the
+# whole sample by intersection and prediction.
+PIXEL_BY_INTERSECTION, PIXEL_BY_PREDICTION, BY_LABEL, BY_OUTPUT, BY_DISTANCE = range(5)
+WHOLE_BY_INTERSECTION, WHOLE_BY_PREDICTION, SAMPLE_SLOPES_COLUMNS = 5, 6, 7
 # Lines of the sites of the CPU backend (int64), one column a voxel of the foreground of either side, in linear order:
 # its index in the batch (-1 from the first column that is not used), rows of its instances, bits of cpu/instances.py.
 SITE_LINES = 4
@@ -71,16 +91,26 @@ _SCHEMAS = {
     "number_instances": "(Tensor ids, int min_size, int capacity) -> (Tensor, Tensor, Tensor)",
     # kept (B,) int32: outputs 1..kept are used individually
     # -> output sums (B, out_capacity, 5), label sums (B, lab_capacity, 5), sample sums (B, 3; read only of samples
-    #    without labels or kept outputs), all float64, and pairs (B, pair_capacity) int64: each (kept output row, label
-    #    row) that touch, once, as out << 32 | lab (rows counted from 1); 0 = no pair; any order
-    "sum_instances": "(Tensor x, Tensor[] sites, Tensor kept, int activation, int quantity, bool no_tp,"
-    " int out_capacity, int lab_capacity, int pair_capacity) -> (Tensor, Tensor, Tensor, Tensor)",
+    #    without labels or kept outputs), all float64, and the pairs (kept output, label) that touch, for which there
+    #    is room for pair_capacity (a power of two), as the same backend's backward wants them
+    "sum_instances": "(Tensor x, Tensor[] sites, Tensor kept, Tensor lab_geometry, int activation, int quantity,"
+    " bool no_tp, int out_capacity, int pair_capacity) -> (Tensor, Tensor, Tensor, Tensor)",
     # gradients of the three tables, and of the sums of the pixel term -> gradient of x, of its shape and dtype
     "sum_instances_backward": "(Tensor grad_out_sums, Tensor grad_lab_sums, Tensor grad_sample_sums,"
-    " Tensor grad_pixel_sums, Tensor x, Tensor labels, Tensor[] sites, Tensor kept, int activation, int quantity,"
-    " bool no_tp, int pixel, int pixel_quantity) -> Tensor",
-    # values (B, R) float64 of one side -> for each row of the other side, the sum over the rows it is paired with
-    "sum_neighbours": "(Tensor values, Tensor pairs, bool to_labels, int capacity) -> Tensor",
+    " Tensor grad_pixel_sums, Tensor x, Tensor labels, Tensor[] sites, Tensor pairs, Tensor kept, int activation,"
+    " int quantity, bool no_tp, int pixel, int pixel_quantity) -> Tensor",
+    # results of the operators above and below; center and distances may be left out, and so may the values of the
+    # criterion of labels and outputs (B, capacity each), which then follow from the sums
+    # -> terms (7,) float64, slopes of outputs and of labels (B, capacity, 5; used rows, at least one), and of samples
+    "terms": "(Tensor out_sums, Tensor lab_sums, Tensor sample_sums, Tensor pixel_sums, Tensor health,"
+    " Tensor out_geometry, Tensor lab_geometry, Tensor num_outputs, Tensor num_labels, Tensor kept, Tensor[] center,"
+    " Tensor[] distances, Tensor[] values, float[] numbers, int reduction, bool rates)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    # gradients of the terms; with masses those that the surrogate adds, with values those of the criterion
+    # -> gradients of the three tables of sums (used rows of the first three columns), and of the pixel term's (B, 2)
+    "terms_backward": "(Tensor grad_terms, Tensor out_slopes, Tensor lab_slopes, Tensor sample_slopes,"
+    " Tensor num_outputs, Tensor num_labels, Tensor kept, bool masses, bool values)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
     # centre boxes of outputs 1..kept and labels 1..n -> owned (B, out_capacity, 2) int64: voxels whose box of largest
     # row is this output's, outside [0] and inside [1] the label boxes; alone (B,) int64: voxels of label boxes only
     "center_overlaps": "(Tensor out_geometry, Tensor lab_geometry, Tensor kept, Tensor num_labels, int[3] shape,"
@@ -140,7 +170,8 @@ _ROOMS = {
     "number_instances": "components",
     "sum_instances": "tables",
     "sum_instances_backward": "tables",
-    "sum_neighbours": "tables",
+    "terms": "terms",
+    "terms_backward": "terms",
     "center_overlaps": "centers",
     "center_volumes": "centers",
     "proximity_minima": "proximity",
@@ -218,19 +249,19 @@ def _fake_sum_instances(
     x: Tensor,
     sites: list[Tensor],
     kept: Tensor,
+    lab_geometry: Tensor,
     activation: int,
     quantity: int,
     no_tp: bool,
     out_capacity: int,
-    lab_capacity: int,
     pair_capacity: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    batch = x.shape[0]
+    batch, lab_capacity, _ = lab_geometry.shape
     return (
         x.new_empty((batch, out_capacity, SUMS_COLUMNS), dtype=torch.float64),
         x.new_empty((batch, lab_capacity, SUMS_COLUMNS), dtype=torch.float64),
         x.new_empty((batch, SAMPLE_COLUMNS), dtype=torch.float64),
-        x.new_empty((batch, pair_capacity), dtype=torch.int64),
+        x.new_empty((batch, 0 if backend(x) == "cpu" else pair_capacity), dtype=torch.int64),
     )
 
 
@@ -242,6 +273,7 @@ def _fake_sum_instances_backward(
     x: Tensor,
     labels: Tensor,
     sites: list[Tensor],
+    pairs: Tensor,
     kept: Tensor,
     activation: int,
     quantity: int,
@@ -252,8 +284,50 @@ def _fake_sum_instances_backward(
     return x.new_empty(x.shape)
 
 
-def _fake_sum_neighbours(values: Tensor, pairs: Tensor, to_labels: bool, capacity: int) -> Tensor:
-    return values.new_empty((values.shape[0], capacity))
+def _fake_terms(
+    out_sums: Tensor,
+    lab_sums: Tensor,
+    sample_sums: Tensor,
+    pixel_sums: Tensor,
+    health: Tensor,
+    out_geometry: Tensor,
+    lab_geometry: Tensor,
+    num_outputs: Tensor,
+    num_labels: Tensor,
+    kept: Tensor,
+    center: list[Tensor],
+    distances: list[Tensor],
+    values: list[Tensor],
+    numbers: list[float],
+    reduction: int,
+    rates: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (
+        out_sums.new_empty((PROXIMITY + 1,)),
+        out_sums.new_empty((*out_sums.shape[:2], SLOPES_COLUMNS)),
+        lab_sums.new_empty((*lab_sums.shape[:2], SLOPES_COLUMNS)),
+        sample_sums.new_empty((sample_sums.shape[0], SAMPLE_SLOPES_COLUMNS)),
+    )
+
+
+def _fake_terms_backward(
+    grad_terms: Tensor,
+    out_slopes: Tensor,
+    lab_slopes: Tensor,
+    sample_slopes: Tensor,
+    num_outputs: Tensor,
+    num_labels: Tensor,
+    kept: Tensor,
+    masses: bool,
+    values: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    batch = out_slopes.shape[0]
+    return (
+        out_slopes.new_empty((*out_slopes.shape[:2], GRADIENT_COLUMNS)),
+        lab_slopes.new_empty((*lab_slopes.shape[:2], GRADIENT_COLUMNS)),
+        out_slopes.new_empty((batch, SAMPLE_GRADIENT_COLUMNS)),
+        out_slopes.new_empty((batch, SAMPLE_GRADIENT_COLUMNS)),
+    )
 
 
 def _fake_center_overlaps(
@@ -292,7 +366,8 @@ find_instances = torch.ops.triton_instance_loss.find_instances.default
 number_instances = torch.ops.triton_instance_loss.number_instances.default
 sum_instances = torch.ops.triton_instance_loss.sum_instances.default
 sum_instances_backward = torch.ops.triton_instance_loss.sum_instances_backward.default
-sum_neighbours = torch.ops.triton_instance_loss.sum_neighbours.default
+terms = torch.ops.triton_instance_loss.terms.default
+terms_backward = torch.ops.triton_instance_loss.terms_backward.default
 center_overlaps = torch.ops.triton_instance_loss.center_overlaps.default
 center_volumes = torch.ops.triton_instance_loss.center_volumes.default
 proximity_minima = torch.ops.triton_instance_loss.proximity_minima.default

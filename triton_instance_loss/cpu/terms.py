@@ -1,0 +1,205 @@
+"""The terms and their slopes on the CPU: `terms` and `terms_backward` of ops.py.
+
+Rows of a table are the second axis; what a row that is not used holds, is masked out wherever it is read.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .. import ops
+
+Numbers = NDArray[np.float64]
+Mask = NDArray[np.bool_]
+
+
+class _Criterion(NamedTuple):
+    """A criterion, and its derivatives."""
+
+    value: Numbers
+    by_intersection: Numbers
+    by_prediction: Numbers
+
+
+def _evaluate(ratio: list[float], intersection: Any, prediction: Any, label: Any, used: Any = True) -> _Criterion:
+    """A ratio of two linear functions, elementwise; 0 where it is not used."""
+    sums = (intersection, prediction, label)
+    above = ratio[0] * sums[0] + ratio[1] * sums[1] + ratio[2] * sums[2] + ratio[3]
+    below = ratio[4] * sums[0] + ratio[5] * sums[1] + ratio[6] * sums[2] + ratio[7]
+    # No division by the zeros of unused rows.
+    above, below = np.where(used, above, 0.0), np.where(used, below, 1.0)
+    value, scale = above / below, np.where(used, 1.0 / below, 0.0)
+    return _Criterion(value, (ratio[0] - value * ratio[4]) * scale, (ratio[1] - value * ratio[5]) * scale)
+
+
+class _Side(NamedTuple):
+    """The instances of one side."""
+
+    sums: Numbers  # (B, rows, 5)
+    sizes: Numbers  # (B, rows), at least 1
+    present: Mask  # (B, rows): all of them
+    used: Mask  # (B, rows): those with a criterion of their own
+    alone: Mask  # (B,): none, so that row 0 is the whole sample
+    slopes: Numbers  # (B, rows, 5), filled step by step
+
+    @classmethod
+    def read(cls, sums: Tensor, geometry: Tensor, count: Tensor, used: Tensor) -> "_Side":
+        """From tensors."""
+        rows = np.arange(sums.shape[1])
+        present, masked = (rows < counts.numpy()[:, None] for counts in (count, used))
+        sizes = np.maximum(geometry.numpy()[..., ops.SIZE], 1).astype(np.float64)
+        slopes = np.zeros((*sizes.shape, ops.SLOPES_COLUMNS))
+        return cls(sums.numpy(), sizes, present, masked, used.numpy() == 0, slopes)
+
+    def evaluate(self, ratio: list[float], missing: float, label: Numbers, whole: Numbers) -> Numbers:
+        """The criterion of each instance, or of the whole sample in row 0; its slopes are noted."""
+        cost = self.sums[..., ops.COST] + missing * (label - self.sums[..., ops.OVERLAP])
+        result = _evaluate(ratio, self.sums[..., ops.INTERSECTION], cost, label, self.used)
+        self.slopes[..., ops.BY_INTERSECTION] = result.by_intersection
+        self.slopes[..., ops.BY_PREDICTION] = result.by_prediction
+        values = result.value.copy()
+        values[self.alone, 0] = whole[self.alone]
+        return values
+
+    def weights(self, reduction: int) -> Numbers:
+        """What one row of each sample adds to the mean over instances, (B,)."""
+        counts = np.maximum(self.used.sum(1), 1)
+        if reduction == ops.BY_INSTANCE:
+            return np.full(len(counts), 1.0 / counts.sum())
+        each: Numbers = 1.0 / counts if reduction == ops.BY_MEAN else np.ones(len(counts))
+        return each / len(counts)
+
+    def mistakes(self, found: Mask, untouched: Mask, sign: float, smoother: float, rates: bool) -> float:
+        """False or missed instances; the slope of those that touch nothing is noted."""
+        counts = self.present.sum(1)
+        share = 1.0 / (len(counts) * (counts + smoother if rates else np.ones(len(counts))))
+        slopes = np.where(self.present & untouched, sign * share[:, None] / self.sizes, 0.0)
+        self.slopes[..., ops.BY_FALSE] = slopes
+        return float((share * (counts - found.sum(1))).sum())
+
+
+def terms(
+    out_sums: Tensor,
+    lab_sums: Tensor,
+    sample_sums: Tensor,
+    pixel_sums: Tensor,
+    health: Tensor,
+    out_geometry: Tensor,
+    lab_geometry: Tensor,
+    num_outputs: Tensor,
+    num_labels: Tensor,
+    kept: Tensor,
+    center: list[Tensor],
+    distances: list[Tensor],
+    values: list[Tensor],
+    numbers: list[float],
+    reduction: int,
+    rates: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Operator `terms` (ops.py)."""
+    out = _Side.read(out_sums, out_geometry, num_outputs, kept)
+    lab = _Side.read(lab_sums, lab_geometry, num_labels, num_labels)
+    batch = len(out.sums)
+    ratio = numbers[ops.INSTANCE_RATIO : ops.MISSING]
+    results = np.zeros(ops.PROXIMITY + 1)
+    of_samples = np.zeros((batch, ops.SAMPLE_SLOPES_COLUMNS))
+    with np.errstate(all="ignore"):  # NaN and infinity are answers here
+        pixel = _evaluate(numbers[ops.PIXEL_RATIO : ops.INSTANCE_RATIO], *pixel_sums.numpy().T)
+        results[ops.PIXEL] = pixel.value.sum()
+        of_samples[:, ops.PIXEL_BY_INTERSECTION] = pixel.by_intersection
+        of_samples[:, ops.PIXEL_BY_PREDICTION] = pixel.by_prediction
+
+        if values:
+            of_labels, of_outputs = (given.numpy() for given in values)
+        else:
+            whole = _evaluate(ratio, *sample_sums.numpy().T, out.alone | lab.alone)
+            of_samples[:, ops.WHOLE_BY_INTERSECTION] = whole.by_intersection
+            of_samples[:, ops.WHOLE_BY_PREDICTION] = whole.by_prediction
+            of_labels = lab.evaluate(ratio, numbers[ops.MISSING], lab.sizes, whole.value)
+            of_outputs = out.evaluate(ratio, numbers[ops.MISSING], out.sums[..., ops.LABEL], whole.value)
+        for column, side, of_side, term in (
+            (ops.BY_LABEL, lab, of_labels, ops.INSTANCE_LABEL),
+            (ops.BY_OUTPUT, out, of_outputs, ops.INSTANCE_OUTPUT),
+        ):
+            of_samples[:, column] = side.weights(reduction)
+            results[term] = (of_samples[:, column] * of_side.sum(1)).sum()
+
+        if distances:
+            for side, to_nearest in zip((out, lab), distances, strict=True):
+                side.slopes[..., ops.DISTANCE] = to_nearest.numpy()
+            difference = (lab.slopes[..., ops.DISTANCE] * of_labels).sum(1)
+            difference -= (out.slopes[..., ops.DISTANCE] * of_outputs).sum(1)
+            too_many = np.where(out.alone, num_outputs.numpy(), 0)
+            results[ops.PROXIMITY] = (difference**2 + too_many).mean()
+            of_samples[:, ops.BY_DISTANCE] = 2.0 * difference / batch
+
+        if center:
+            results[ops.CENTER] = _center(out, center, numbers)
+        untouched = out.sums[..., ops.OVERLAP] == 0, lab.sums[..., ops.TOUCHED] == 0
+        correct, detected = out.used & ~untouched[0], lab.sums[..., ops.OVERLAP] > 0
+        smoother = numbers[ops.SMOOTHER]
+        results[ops.FALSE_INSTANCES] = out.mistakes(correct, untouched[0], 1.0, smoother, rates)
+        results[ops.MISSED_INSTANCES] = lab.mistakes(detected, untouched[1], -1.0, smoother, rates)
+
+        healthy = float(health)
+        of_samples[:, : ops.BY_DISTANCE + 1] *= healthy
+        for side in (out, lab):
+            side.slopes[..., : ops.BY_FALSE + 1] *= healthy
+    tables = (torch.from_numpy(table) for table in (results * healthy, out.slopes, lab.slopes, of_samples))
+    first, second, third, fourth = tables
+    return first, second, third, fourth
+
+
+def _center(out: _Side, center: list[Tensor], numbers: list[float]) -> float:
+    """The criterion on centre boxes; its slopes by the mass of each output are noted."""
+    owned, alone = (counts.numpy().astype(np.float64) for counts in center)
+    outside, inside = owned[..., 0], owned[..., 1]
+    ratio, slopes = numbers[ops.CENTER_RATIO : ops.CENTER_SLOPES], numbers[ops.CENTER_SLOPES : ops.SMOOTHER]
+    in_both, in_outputs = inside.sum(1), outside.sum(1)
+    above = ratio[0] * in_both + ratio[1] * in_outputs + ratio[2] * alone + ratio[3]
+    below = ratio[4] * in_both + ratio[5] * in_outputs + ratio[6] * alone + ratio[7]
+    value = above / below
+    by_inside, by_outside = ((slopes[i] - value * slopes[i + 2]) / (below * len(value)) for i in (0, 1))
+    by_height = by_inside[:, None] * inside + by_outside[:, None] * outside
+    out.slopes[..., ops.BY_CENTER] = np.where(out.used, by_height / out.sizes, 0.0)
+    return float(value.mean())
+
+
+def terms_backward(
+    grad_terms: Tensor,
+    out_slopes: Tensor,
+    lab_slopes: Tensor,
+    sample_slopes: Tensor,
+    num_outputs: Tensor,
+    num_labels: Tensor,
+    kept: Tensor,
+    masses: bool,
+    values: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Operator `terms_backward` (ops.py)."""
+    grads, of_samples = grad_terms.numpy(), sample_slopes.numpy()
+    of_sample = np.zeros((len(of_samples), ops.SAMPLE_GRADIENT_COLUMNS))
+    by_distance = grads[ops.PROXIMITY] * of_samples[:, ops.BY_DISTANCE]
+    tables = []
+    for slopes, used, term, by_term, mistakes, sign in (
+        (out_slopes, kept, ops.INSTANCE_OUTPUT, ops.BY_OUTPUT, ops.FALSE_INSTANCES, -1.0),
+        (lab_slopes, num_labels, ops.INSTANCE_LABEL, ops.BY_LABEL, ops.MISSED_INSTANCES, 1.0),
+    ):
+        of_rows = slopes.numpy()
+        table = np.zeros((*slopes.shape[:2], ops.GRADIENT_COLUMNS))
+        if masses:
+            table[..., ops.MASS] = grads[ops.CENTER] * of_rows[..., ops.BY_CENTER]
+            table[..., ops.MASS] += grads[mistakes] * of_rows[..., ops.BY_FALSE]
+        if values:
+            by_value = grads[term] * of_samples[:, by_term, None]
+            by_value = by_value + sign * by_distance[:, None] * of_rows[..., ops.DISTANCE]
+            table[..., ops.INTERSECTION] = by_value * of_rows[..., ops.BY_INTERSECTION]
+            table[..., ops.COST] = by_value * of_rows[..., ops.BY_PREDICTION]
+            alone = used.numpy() == 0
+            of_sample[alone] += by_value[alone, :1] * of_samples[alone, ops.WHOLE_BY_INTERSECTION :]
+        tables.append(torch.from_numpy(table))
+    pixel = grads[ops.PIXEL] * of_samples[:, : ops.PIXEL_BY_PREDICTION + 1]
+    return tables[0], tables[1], torch.from_numpy(of_sample), torch.from_numpy(pixel)
