@@ -20,9 +20,10 @@ Backward, G the gradients of the tables, phi' the derivative in a:
        + G_l.MASS + [inside] (G_l.INTERSECTION + G_l.COST c') + G_s.0 y + G_s.1 phi'(a, y)
 
 with e' = phi'(a a, 0) a [y = 0], c' = phi'(a, 1); without no_tp e' = phi'(a, 0), c' = phi'(a, 1) - phi'(a, 0), and
-E_o the sum of G_l.COST over the labels that o touches, by another walk over the hash table. It goes on to the volume x that was activated, together with that of the pixel term, du = G_p.0 w + G_p.1 phi'(u, w) for the
-u and w of activation.py and the pixel term's own phi. With s = p (1 - p), p = sigmoid(x), where the activation is a
-sigmoid, else s = 1:
+E_o the sum of G_l.COST over the labels that o touches, by another walk over the hash table. It goes on to the volume x
+that was activated, together with that of the pixel term, du = G_p.0 w + G_p.1 phi'(u, w) for the u and w of
+activation.py and the pixel term's own phi. With s = p (1 - p), p = sigmoid(x), where the activation is a sigmoid, else
+s = 1:
 
     dx = da s + du s       if the pixel term sees the probability or the hard output,
     dx = da s + du         if it sees x itself; without du if it is not fused.

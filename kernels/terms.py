@@ -451,7 +451,7 @@ def launch_terms(
         _terms_kernel[(batch,)](
             out_sums, lab_sums, sample_sums, pixel_sums, health, out_geometry, lab_geometry,
             num_outputs, num_labels, kept, *(center or (None, None)), *(distances or (None, None)),
-            *(values[::-1] or (None, None)), _on_device(tuple(numbers), device, stream), *results,
+            *(values or (None, None)), _on_device(tuple(numbers), device, stream), *results,
             out_capacity, lab_capacity, reduction, rates, block_size(max(out_capacity, lab_capacity), ROWS_BLOCK),
         )  # fmt: skip
     return results[0].sum(dim=0), results[1], results[2], results[3]

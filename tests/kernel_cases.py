@@ -93,21 +93,43 @@ def activate(*arguments):
     return *masks.chunk(2), sums, health
 
 
-def sum_instances(a, y, out_rows, lab_rows, kept, quantity, no_tp, *capacities):
+def sizes(lab_rows, capacity):
+    """A geometry table of labels that holds their sizes, and elsewhere what nothing should read."""
+    geometry = torch.full((len(lab_rows), capacity, ops.GEOMETRY_COLUMNS), -FAR, device=lab_rows.device)
+    rows = torch.arange(1, capacity + 1, device=lab_rows.device)
+    geometry[..., ops.SIZE] = (lab_rows.flatten(1)[:, None] == rows[:, None]).sum(2)
+    return geometry
+
+
+def touching(out_rows, lab_rows, kept):
+    """The pairs (kept output, label) that touch, a set of each sample."""
+    inside = (out_rows > 0) & (out_rows <= kept.view(-1, 1, 1, 1)) & (lab_rows > 0)
+    sides = zip(out_rows, lab_rows, inside, strict=True)
+    return [set(zip(out[here].tolist(), lab[here].tolist(), strict=True)) for out, lab, here in sides]
+
+
+def sum_instances(a, y, out_rows, lab_rows, kept, quantity, no_tp, out_capacity, lab_capacity, pair_capacity):
     """`launch_sum_instances` of an activated output, bool (hard) or float, and of what its sites are made of."""
     hard = a.dtype == torch.bool
     sites = [torch.cat((a if hard else a > 0, y)), torch.cat((out_rows, lab_rows))]
     x, activation = (a.float(), ops.GIVEN) if hard else (a, ops.NONE)
     tables = importlib.import_module("triton_instance_loss.kernels.tables")
-    return tables.launch_sum_instances(x, sites, kept, activation, quantity, no_tp, *capacities)
+    case = (x, sites, kept, sizes(lab_rows, lab_capacity), activation, quantity, no_tp)
+    return tables.launch_sum_instances(*case, out_capacity, pair_capacity)
 
 
 def sum_instances_backward(*arguments):
-    """`launch_sum_instances_backward`, the sites one by one."""
+    """`launch_sum_instances_backward`, its gradients with as many columns as the tables, the sites one by one."""
     (*grads, x, labels, foreground, y), (out_rows, lab_rows, kept, quantity, no_tp, activation, *pixel) = (
         arguments[:8],
         arguments[8:],
     )
+    columns = (ops.GRADIENT_COLUMNS,) * 2 + (ops.SAMPLE_GRADIENT_COLUMNS,) * 2
+    grads = [grad[..., :some].contiguous() for grad, some in zip(grads, columns, strict=True)]
     sites = [torch.cat((foreground, y)), torch.cat((out_rows, lab_rows))]
+    pairs = torch.zeros((len(x), 64), dtype=torch.int64)
+    for keys, found in zip(pairs, touching(out_rows, lab_rows, kept), strict=True):
+        keys[3 : 3 + len(found)] = torch.tensor([out << 32 | lab for out, lab in sorted(found)])
     tables = importlib.import_module("triton_instance_loss.kernels.tables")
-    return tables.launch_sum_instances_backward(*grads, x, labels, sites, kept, activation, quantity, no_tp, *pixel)
+    case = (x, labels, sites, pairs.to(x.device), kept, activation, quantity, no_tp, *pixel)
+    return tables.launch_sum_instances_backward(*grads, *case)

@@ -6,19 +6,18 @@ import pytest
 import torch
 from kernel_cases import (
     DEVICE,
-    FAR,
     GRADIENT_ERRORS,
     SHAPES,
     activate,
     assert_same,
     sum_instances,
     sum_instances_backward,
+    touching,
 )
 
 pytest.importorskip("triton")
 
-from triton_instance_loss.kernels import tables
-
+from triton_instance_loss import ops
 from triton_instance_loss.ops import GIVEN, HARD, NONE, NOT_FUSED, PROBABILITY, RAW, SIGMOID
 
 pytestmark = pytest.mark.usefixtures("poison")
@@ -39,7 +38,8 @@ def plain_sums(a, y, out_rows, lab_rows, kept, quantity, no_tp, out_capacity, la
     inside = ((out_rows > 0) & (out_rows <= kept.view(-1, 1, 1, 1))).double()
     excess = phi(a * a.detach(), zeros, quantity) * ~y if no_tp else phi(a, zeros, quantity)
     cost = phi(a, ones, quantity) - (0 if no_tp else phi(a, zeros, quantity))
-    of_output = [a, a * on_label, phi(a, on_label, quantity), excess, on_label]
+    nothing = torch.zeros_like(on_label)
+    of_output = [a, a * on_label, phi(a, on_label, quantity), nothing, on_label]
     of_label = [a, a * inside, cost * inside, (out_rows > 0).double(), inside]
     of_sample = [a * y, phi(a, y.to(a.dtype), quantity), y]
 
@@ -50,12 +50,15 @@ def plain_sums(a, y, out_rows, lab_rows, kept, quantity, no_tp, out_capacity, la
         ]
         return torch.stack([torch.stack(sample) for sample in sums])
 
-    sample_sums = torch.stack([torch.stack([c[b].double().sum() for c in of_sample]) for b in range(batch)])
-    pairs = []
+    out_sums, lab_sums = table(of_output, out_rows, out_capacity), table(of_label, lab_rows, lab_capacity)
+    brought = table([excess], out_rows, out_capacity)[..., 0]
+    pairs = touching(out_rows, lab_rows, kept)
     for b in range(batch):
-        touching = (inside[b] > 0) & (lab_rows[b] > 0)
-        pairs.append(set(zip(out_rows[b][touching].tolist(), lab_rows[b][touching].tolist(), strict=True)))
-    return table(of_output, out_rows, out_capacity), table(of_label, lab_rows, lab_capacity), sample_sums, pairs
+        for out, lab in pairs[b]:
+            out_sums[b, out - 1, ops.LABEL] += (lab_rows[b] == lab).sum()
+            lab_sums[b, lab - 1, ops.COST] += brought[b, out - 1]
+    sample_sums = torch.stack([torch.stack([c[b].double().sum() for c in of_sample]) for b in range(batch)])
+    return out_sums, lab_sums, sample_sums, pairs
 
 
 def random_case(shape, dtype, seed=0):
@@ -88,9 +91,10 @@ def test_sums_drawn():
     lab_rows = torch.tensor([[[[0, 1, 0, 0]]]], dtype=torch.int32, device=DEVICE)
     kept = torch.tensor([1], dtype=torch.int32, device=DEVICE)
     out_sums, lab_sums, sample_sums, pairs = sum_instances(a, y, out_rows, lab_rows, kept, 0, True, 2, 1, 4)
-    # mass, intersection, cost, excess, overlap: the too small label at the first voxel is background, yet y = 1 there
-    assert out_sums.tolist() == [[[1.75, 1.0, 1.75, 0.0625, 1.0], [0.0] * 5]]
-    assert lab_sums.tolist() == [[[1.0, 1.0, 1.0, 1.0, 1.0]]]
+    # mass, intersection, cost, label or touched, overlap: the too small label at the first voxel is background, yet
+    # y = 1 there, so the output brings 0.25^2 into the other label
+    assert out_sums.tolist() == [[[1.75, 1.0, 1.75, 1.0, 1.0], [0.0] * 5]]
+    assert lab_sums.tolist() == [[[1.0, 1.0, 1.0625, 1.0, 1.0]]]
     assert sample_sums.tolist() == [[1.5, 1.75, 2.0]]
     assert sorted(pairs[0].tolist()) == [0, 0, 0, (1 << 32) | 1]
 
@@ -265,7 +269,7 @@ def test_gradient_of_x_where_the_sigmoid_is_saturated():
     grads = [torch.ones(shape, dtype=torch.float64, device=DEVICE) for shape in ((1, 1, 5), (1, 1, 5), (1, 3), (1, 3))]
     case = (x, y, y, y, rows, rows, kept, 0, True, SIGMOID, PROBABILITY, 0)
     ours = sum_instances_backward(*grads, *case).flatten()
-    # mass, intersection and cost of an output and of a label, no excess on labels; a y and phi of sample and pixel term
+    # mass, intersection and cost of an output and of a label, nothing brought; a y and phi of sample and pixel term
     slope = math.exp(-15.0) / (1.0 + math.exp(-15.0)) ** 2
     assert ours[1].item() == pytest.approx(10 * slope, rel=0.2)  # 1 - p has few bits left
     assert ours[[0, 2, 3, 4]].tolist() == [0.0] * 4
@@ -296,26 +300,3 @@ def test_sums_without_voxels():
     assert pairs.tolist() == [[0] * 4] * 2
     grad_a = gradient_of_a((out_sums, lab_sums, sample_sums), case, 0, True)
     assert (grad_a.shape, grad_a.dtype) == ((2, 0, 3, 3), torch.float64)
-
-
-def test_sum_neighbours_drawn():
-    pairs = torch.tensor([[(1 << 32) | 2, 0, (2 << 32) | 2, (2 << 32) | 1]], device=DEVICE)
-    values = torch.tensor([[10.0, 1.0, 7.0]], dtype=torch.float64, device=DEVICE)
-    assert tables.launch_sum_neighbours(values, pairs, True, 3).tolist() == [[1.0, 11.0, 0.0]]
-    assert tables.launch_sum_neighbours(values, pairs, False, 3).tolist() == [[1.0, 11.0, 0.0]]
-    values = values.expand(1, 3)[:, :2]
-    assert tables.launch_sum_neighbours(values, pairs, False, 2).tolist() == [[1.0, 11.0]]
-
-
-@pytest.mark.usefixtures("gpu_blocks")
-def test_sum_neighbours_random():
-    generator = torch.Generator().manual_seed(0)
-    out = torch.randint(1, 8, (2, 301), generator=generator)
-    pairs = torch.where(torch.rand((2, 301), generator=generator) < 0.5, out << 32 | out * 5 % 6 + 1, 0).to(DEVICE)
-    values = torch.randint(-9, 9, (2, 7), generator=generator).double().to(DEVICE)
-    for to_labels in (True, False):
-        source, target = (pairs >> 32, pairs & FAR) if to_labels else (pairs & FAR, pairs >> 32)
-        padded = torch.nn.functional.pad(values, (1, 0))
-        expected = torch.zeros((2, 9), dtype=torch.float64, device=DEVICE)
-        expected.scatter_add_(1, target, padded.gather(1, source))
-        assert_same([tables.launch_sum_neighbours(values, pairs, to_labels, 8)], [expected[:, 1:]])

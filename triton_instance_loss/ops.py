@@ -100,7 +100,7 @@ _SCHEMAS = {
     " Tensor grad_pixel_sums, Tensor x, Tensor labels, Tensor[] sites, Tensor pairs, Tensor kept, int activation,"
     " int quantity, bool no_tp, int pixel, int pixel_quantity) -> Tensor",
     # results of the operators above and below; center and distances may be left out, and so may the values of the
-    # criterion of labels and outputs (B, capacity each), which then follow from the sums
+    # criterion of outputs and labels (B, capacity each), which then follow from the sums
     # -> terms (7,) float64, slopes of outputs and of labels (B, capacity, 5; used rows, at least one), and of samples
     "terms": "(Tensor out_sums, Tensor lab_sums, Tensor sample_sums, Tensor pixel_sums, Tensor health,"
     " Tensor out_geometry, Tensor lab_geometry, Tensor num_outputs, Tensor num_labels, Tensor kept, Tensor[] center,"

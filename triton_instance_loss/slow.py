@@ -30,7 +30,7 @@ def volumes(x: Tensor, found: Found, options: Options) -> Volumes:
 
 
 def instance_values(volumes: Volumes, found: Found, criterion: Criterion, options: Options) -> tuple[Tensor, Tensor]:
-    """The criterion of each label and of each kept output, from one pair of volumes an instance: tables, float64.
+    """The criterion of each kept output and of each label, from one pair of volumes an instance: tables, float64.
 
     A sample without labels, or without usable outputs, has the value of the whole sample in row 0 of that side.
     """
@@ -60,7 +60,7 @@ def instance_values(volumes: Volumes, found: Found, criterion: Criterion, option
             mine = out == row
             values.append(call(prediction * mine, torch.isin(lab, lab[mine & (lab > 0)].unique())))
         outputs.append(torch.stack(values) if values else call(prediction, truth)[None])
-    return _table(labels, found.lab_geometry.shape[1]), _table(outputs, found.out_geometry.shape[1])
+    return _table(outputs, found.out_geometry.shape[1]), _table(labels, found.lab_geometry.shape[1])
 
 
 def _table(samples: list[Tensor], capacity: int) -> Tensor:

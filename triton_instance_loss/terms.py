@@ -127,8 +127,8 @@ class FusedTerms(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        label_values: Tensor | None,
         output_values: Tensor | None,
+        label_values: Tensor | None,
         labels: Tensor,
         pixel_sums: Tensor,
         health: Tensor,
@@ -153,7 +153,7 @@ class FusedTerms(torch.autograd.Function):
             found.out_geometry.shape[1],
             request.pair_capacity,
         )
-        values = [value.double() for value in (label_values, output_values) if value is not None]
+        values = [value for value in (output_values, label_values) if value is not None]
         terms, *slopes = ops.terms(
             *sums,
             pixel_sums,
@@ -163,14 +163,14 @@ class FusedTerms(torch.autograd.Function):
             *counts,
             ops.center_overlaps(*boxes, *place) if "center" in names else [],
             ops.proximity_minima(*boxes, place[0], planar) if "proximity" in names else [],
-            values,
+            [value.double() for value in values],
             request.numbers(x.shape),
             request.reduction,
             options.rate_instead_number,
         )
         ctx.save_for_backward(x, labels, pairs, *slopes, *counts, *found.sites)
         ctx.request, ctx.inputs = request, len(tensors)
-        ctx.values_types = [value.dtype for value in (label_values, output_values) if value is not None]
+        ctx.values_types = [value.dtype for value in values]
         return terms  # type: ignore[no-any-return]
 
     @staticmethod
@@ -208,13 +208,14 @@ class FusedTerms(torch.autograd.Function):
         )
         if not ctx.values_types:
             return grad_x, None, None
-        out_slopes, lab_slopes, sample_slopes = slopes
-        by_distance = grad[ops.PROXIMITY] * sample_slopes[:, ops.BY_DISTANCE, None]
-        of_labels = grad[ops.INSTANCE_LABEL] * sample_slopes[:, ops.BY_LABEL, None]
-        of_labels = of_labels + by_distance * lab_slopes[..., ops.DISTANCE]
-        of_outputs = grad[ops.INSTANCE_OUTPUT] * sample_slopes[:, ops.BY_OUTPUT, None]
-        of_outputs = of_outputs - by_distance * out_slopes[..., ops.DISTANCE]
-        sides = ((of_labels, num_labels), (of_outputs, kept))
-        given = [torch.where(first_rows(count.clamp(min=1), side.shape[1]), side, 0.0) for side, count in sides]
-        first, second = (side.to(kind) for side, kind in zip(given, ctx.values_types, strict=True))
-        return grad_x, first, second
+        *of_rows, of_samples = slopes
+        by_distance = grad[ops.PROXIMITY] * of_samples[:, ops.BY_DISTANCE, None]
+        given = []
+        for term, column, sign, side, count, kind in (
+            (ops.INSTANCE_OUTPUT, ops.BY_OUTPUT, -1.0, of_rows[0], kept, ctx.values_types[0]),
+            (ops.INSTANCE_LABEL, ops.BY_LABEL, 1.0, of_rows[1], num_labels, ctx.values_types[1]),
+        ):
+            by_value = grad[term] * of_samples[:, column, None] + sign * by_distance * side[..., ops.DISTANCE]
+            used = first_rows(count.clamp(min=1), side.shape[1])
+            given.append(torch.where(used, by_value, 0.0).to(kind))
+        return grad_x, given[0], given[1]

@@ -113,7 +113,7 @@ def terms(
         of_samples[:, ops.PIXEL_BY_PREDICTION] = pixel.by_prediction
 
         if values:
-            of_labels, of_outputs = (given.numpy() for given in values)
+            of_outputs, of_labels = (given.numpy() for given in values)
         else:
             whole = _evaluate(ratio, *sample_sums.numpy().T, out.alone | lab.alone)
             of_samples[:, ops.WHOLE_BY_INTERSECTION] = whole.by_intersection
