@@ -99,14 +99,13 @@ def _sum_instances_kernel(
     out_rows_ptr,  # (B, V) int32
     lab_rows_ptr,  # (B, V) int32
     kept_ptr,  # (B,) int32
-    out_sums_ptr,  # (B, out_capacity, 5) float64
-    lab_sums_ptr,  # (B, lab_capacity, 5) float64
-    excess_ptr,  # (B, out_capacity) float64
+    out_sums_ptr,  # (B, capacity, 5) float64
+    lab_sums_ptr,  # (B, capacity, 5) float64
+    excess_ptr,  # (B, capacity) float64
     sample_sums_ptr,  # (B, programs, 3) float64
     pairs_ptr,  # (B, pair_capacity) int64
     V,
-    out_capacity,
-    lab_capacity,
+    capacity,
     pair_capacity,
     QUANTITY: tl.constexpr,
     NO_TP: tl.constexpr,
@@ -138,16 +137,16 @@ def _sum_instances_kernel(
         inside = (out > 0) & (out <= kept)
         count = sum_where(tl.zeros_like(a) + 1, here)
         mass, cost_0, cost_1 = sum_where(a, here), sum_where(phi_0, here), sum_where(phi_1, here)
-        if (out > 0) & (out <= out_capacity):
-            row_ptr = out_sums_ptr + (sample * out_capacity + out - 1) * COLUMNS
+        if (out > 0) & (out <= capacity):
+            row_ptr = out_sums_ptr + (sample * capacity + out - 1) * COLUMNS
             tl.atomic_add(row_ptr + MASS, mass, sem="relaxed")
             tl.atomic_add(row_ptr + COST, tl.where(lab > 0, cost_1, cost_0), sem="relaxed")
-            tl.atomic_add(excess_ptr + sample * out_capacity + out - 1, sum_where(excess, here), sem="relaxed")
+            tl.atomic_add(excess_ptr + sample * capacity + out - 1, sum_where(excess, here), sem="relaxed")
             if lab > 0:
                 tl.atomic_add(row_ptr + INTERSECTION, mass, sem="relaxed")
                 tl.atomic_add(row_ptr + OVERLAP, count, sem="relaxed")
-        if (lab > 0) & (lab <= lab_capacity):
-            row_ptr = lab_sums_ptr + (sample * lab_capacity + lab - 1) * COLUMNS
+        if (lab > 0) & (lab <= capacity):
+            row_ptr = lab_sums_ptr + (sample * capacity + lab - 1) * COLUMNS
             tl.atomic_add(row_ptr + MASS, mass, sem="relaxed")
             if out > 0:
                 tl.atomic_add(row_ptr + TOUCHED, count, sem="relaxed")
@@ -161,9 +160,9 @@ def _sum_instances_kernel(
 
 @triton.jit
 def _sum_instances_backward_kernel(
-    grad_out_sums_ptr,  # (B, out_capacity, 3) float64
-    grad_lab_sums_ptr,  # (B, lab_capacity, 3) float64
-    grad_excess_ptr,  # (B, out_capacity) float64
+    grad_out_sums_ptr,  # (B, capacity, 3) float64
+    grad_lab_sums_ptr,  # (B, capacity, 3) float64
+    grad_excess_ptr,  # (B, capacity) float64
     grad_sample_sums_ptr,  # (B, 2) float64
     grad_pixel_sums_ptr,  # (B, 2) float64
     x_ptr,  # (B, V) float32 or float64
@@ -175,8 +174,7 @@ def _sum_instances_backward_kernel(
     kept_ptr,  # (B,) int32
     grad_x_ptr,  # (B, V), of the dtype of x
     V,
-    out_capacity,
-    lab_capacity,
+    capacity,
     QUANTITY: tl.constexpr,
     NO_TP: tl.constexpr,
     ACTIVATION: tl.constexpr,
@@ -197,22 +195,22 @@ def _sum_instances_backward_kernel(
     lab = tl.load(lab_rows_ptr + index, mask=in_volume, other=0)
     kept = tl.load(kept_ptr + sample)
 
-    in_out = (out > 0) & (out <= out_capacity)
-    in_lab = (lab > 0) & (lab <= lab_capacity)
+    in_out = (out > 0) & (out <= capacity)
+    in_lab = (lab > 0) & (lab <= capacity)
     inside = in_lab & (out > 0) & (out <= kept)
     on_label = (lab > 0).to(x.dtype)
     slope_0 = phi_derivative(a, tl.zeros_like(a), QUANTITY)
     slope_1 = phi_derivative(a, tl.zeros_like(a) + 1, QUANTITY)
     excess = tl.where(y > 0, 0.0, phi_derivative(a * a, tl.zeros_like(a), QUANTITY) * a) if NO_TP else slope_0
 
-    row_ptr = grad_out_sums_ptr + (sample * out_capacity + out - 1) * GRADIENT_COLUMNS
+    row_ptr = grad_out_sums_ptr + (sample * capacity + out - 1) * GRADIENT_COLUMNS
     grad = tl.load(row_ptr + MASS, mask=in_out, other=0.0)
     grad += tl.load(row_ptr + INTERSECTION, mask=in_out & (lab > 0), other=0.0)
     grad += _times(tl.load(row_ptr + COST, mask=in_out, other=0.0), phi_derivative(a, on_label, QUANTITY), in_out)
-    grad_excess = tl.load(grad_excess_ptr + sample * out_capacity + out - 1, mask=in_out, other=0.0)
+    grad_excess = tl.load(grad_excess_ptr + sample * capacity + out - 1, mask=in_out, other=0.0)
     grad += _times(grad_excess, excess, in_out)
 
-    row_ptr = grad_lab_sums_ptr + (sample * lab_capacity + lab - 1) * GRADIENT_COLUMNS
+    row_ptr = grad_lab_sums_ptr + (sample * capacity + lab - 1) * GRADIENT_COLUMNS
     grad += tl.load(row_ptr + MASS, mask=in_lab, other=0.0)
     grad += tl.load(row_ptr + INTERSECTION, mask=inside, other=0.0)
     slope = slope_1 if NO_TP else slope_1 - slope_0
@@ -239,27 +237,26 @@ def _sum_instances_backward_kernel(
 
 
 @triton.jit
-def _pair_of_slot(pairs_ptr, slots, out_capacity, lab_capacity, BLOCK: tl.constexpr):
+def _pair_of_slot(pairs_ptr, slots, capacity, BLOCK: tl.constexpr):
     """Rows of an output and a label in the tables of all samples, counted from 0, and where there is such a pair."""
     slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     sample = tl.program_id(1).to(tl.int64)
     pair = tl.load(pairs_ptr + sample * slots + slot, mask=slot < slots, other=0)
-    return sample * out_capacity + (pair >> 32) - 1, sample * lab_capacity + (pair & 0xFFFFFFFF) - 1, pair > 0
+    return sample * capacity + (pair >> 32) - 1, sample * capacity + (pair & 0xFFFFFFFF) - 1, pair > 0
 
 
 @triton.jit
 def _sum_neighbours_kernel(
     pairs_ptr,  # (B, slots) int64
-    lab_geometry_ptr,  # (B, lab_capacity, 10) int64
-    excess_ptr,  # (B, out_capacity) float64
-    out_sums_ptr,  # (B, out_capacity, 5) float64
-    lab_sums_ptr,  # (B, lab_capacity, 5) float64
+    lab_geometry_ptr,  # (B, capacity, 10) int64
+    excess_ptr,  # (B, capacity) float64
+    out_sums_ptr,  # (B, capacity, 5) float64
+    lab_sums_ptr,  # (B, capacity, 5) float64
     slots,
-    out_capacity,
-    lab_capacity,
+    capacity,
     BLOCK: tl.constexpr,
 ):
-    out, lab, here = _pair_of_slot(pairs_ptr, slots, out_capacity, lab_capacity, BLOCK)
+    out, lab, here = _pair_of_slot(pairs_ptr, slots, capacity, BLOCK)
     size = tl.load(lab_geometry_ptr + lab * GEOMETRY_COLUMNS + SIZE, mask=here, other=0)
     tl.atomic_add(out_sums_ptr + out * COLUMNS + LABEL, size.to(tl.float64), mask=here, sem="relaxed")
     excess = tl.load(excess_ptr + out, mask=here, other=0.0)
@@ -269,101 +266,85 @@ def _sum_neighbours_kernel(
 @triton.jit
 def _sum_neighbours_backward_kernel(
     pairs_ptr,  # (B, slots) int64
-    grad_lab_sums_ptr,  # (B, lab_capacity, 3) float64
-    grad_excess_ptr,  # (B, out_capacity) float64
+    grad_lab_sums_ptr,  # (B, capacity, 3) float64
+    grad_excess_ptr,  # (B, capacity) float64
     slots,
-    out_capacity,
-    lab_capacity,
+    capacity,
     BLOCK: tl.constexpr,
 ):
-    out, lab, here = _pair_of_slot(pairs_ptr, slots, out_capacity, lab_capacity, BLOCK)
+    out, lab, here = _pair_of_slot(pairs_ptr, slots, capacity, BLOCK)
     grad = tl.load(grad_lab_sums_ptr + lab * GRADIENT_COLUMNS + COST, mask=here, other=0.0)
     tl.atomic_add(grad_excess_ptr + out, grad, mask=here, sem="relaxed")
-
-
-def _sides(x: Tensor, sites: list[Tensor], activation: int) -> tuple[Tensor, ...]:
-    """The activated output, y and the two row maps, from sites (instances.py)."""
-    (foreground, y), (out_rows, lab_rows) = (site.chunk(2) for site in sites)
-    return x if activation == ops.NONE else foreground, y, out_rows, lab_rows
 
 
 def launch_sum_instances(
     x: Tensor,
     sites: list[Tensor],
-    kept: Tensor,
-    lab_geometry: Tensor,
+    counts: Tensor,
+    geometry: Tensor,
     activation: int,
     quantity: int,
     no_tp: bool,
-    out_capacity: int,
     pair_capacity: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Sums by output, by label and by sample, and the pairs that touch; `pair_capacity` is a power of two."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums by instance and by sample, and the pairs that touch; `pair_capacity` is a power of two."""
     if pair_capacity < 1 or pair_capacity & (pair_capacity - 1):
         raise ValueError(f"pair_capacity must be a power of two, got {pair_capacity}.")
-    a, y, out_rows, lab_rows = _sides(x, sites, activation)
-    batch, lab_capacity, _ = lab_geometry.shape
+    (foreground, y), (out_rows, lab_rows) = (site.chunk(2) for site in sites)
+    a = x if activation == ops.NONE else foreground
+    batch, capacity = len(x), geometry.shape[1]
     num_voxels = a[0].numel() if batch else 0
-    out_sums, lab_sums, excess = (
-        torch.zeros(size, dtype=torch.float64, device=a.device)
-        for size in (
-            (batch, out_capacity, ops.SUMS_COLUMNS),
-            (batch, lab_capacity, ops.SUMS_COLUMNS),
-            (batch, out_capacity),
-        )
-    )
+    sums = torch.zeros((2 * batch, capacity, ops.SUMS_COLUMNS), dtype=torch.float64, device=a.device)
+    excess = torch.zeros((batch, capacity), dtype=torch.float64, device=a.device)
     pairs = torch.zeros((batch, pair_capacity), dtype=torch.int64, device=a.device)
     block = block_size(num_voxels, SUMS_BLOCK)
     programs = triton.cdiv(num_voxels, block)
     sample_sums = torch.empty((batch, programs, ops.SAMPLE_COLUMNS), dtype=torch.float64, device=a.device)
     if a.numel() > 0:
         precision = tl.float64 if a.dtype == torch.float64 else tl.float32
+        out_sums, lab_sums = sums.chunk(2)
         _sum_instances_kernel[(programs, batch)](
-            a, y, out_rows, lab_rows, kept, out_sums, lab_sums, excess, sample_sums, pairs,
-            num_voxels, out_capacity, lab_capacity, pair_capacity,
-            quantity, no_tp, precision, block, num_warps=SUMS_WARPS,
+            a, y, out_rows, lab_rows, counts[ops.KEPT], out_sums, lab_sums, excess, sample_sums, pairs,
+            num_voxels, capacity, pair_capacity, quantity, no_tp, precision, block, num_warps=SUMS_WARPS,
         )  # fmt: skip
         block = block_size(pair_capacity, PAIRS_BLOCK)
         _sum_neighbours_kernel[(triton.cdiv(pair_capacity, block), batch)](
-            pairs, lab_geometry, excess, out_sums, lab_sums, pair_capacity, out_capacity, lab_capacity, block
+            pairs, geometry[batch:], excess, out_sums, lab_sums, pair_capacity, capacity, block
         )
-    return out_sums, lab_sums, sample_sums.sum(dim=1), pairs
+    return sums, sample_sums.sum(dim=1), pairs
 
 
 def launch_sum_instances_backward(
-    grad_out_sums: Tensor,
-    grad_lab_sums: Tensor,
+    grad_sums: Tensor,
     grad_sample_sums: Tensor,
     grad_pixel_sums: Tensor,
     x: Tensor,
     labels: Tensor,
     sites: list[Tensor],
     pairs: Tensor,
-    kept: Tensor,
+    counts: Tensor,
     activation: int,
     quantity: int,
     no_tp: bool,
     pixel: int,
     pixel_quantity: int,
 ) -> Tensor:
-    """Gradient of `x` from the gradients of the three tables of sums and of the sums of the pixel term."""
+    """Gradient of `x` from the gradients of the sums by instance and by sample, and of those of the pixel term."""
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel() == 0:
         return grad_x
-    (batch, out_capacity, _), lab_capacity, slots = grad_out_sums.shape, grad_lab_sums.shape[1], pairs.shape[1]
-    grad_excess = torch.zeros((batch, out_capacity), dtype=torch.float64, device=x.device)
+    batch, capacity, slots, num_voxels = len(x), grad_sums.shape[1], pairs.shape[1], x[0].numel()
+    grad_out_sums, grad_lab_sums = grad_sums.chunk(2)
+    grad_excess = torch.zeros((batch, capacity), dtype=torch.float64, device=x.device)
     block = block_size(slots, PAIRS_BLOCK)
     _sum_neighbours_backward_kernel[(triton.cdiv(slots, block), batch)](
-        pairs, grad_lab_sums, grad_excess, slots, out_capacity, lab_capacity, block
+        pairs, grad_lab_sums, grad_excess, slots, capacity, block
     )
-    _, y, out_rows, lab_rows = _sides(x, sites, activation)
-    foreground = sites[0][:batch]
-    num_voxels = x[0].numel()
+    (foreground, y), (out_rows, lab_rows) = (site.chunk(2) for site in sites)
     block = block_size(num_voxels, GRADIENT_BLOCK)
     _sum_instances_backward_kernel[(triton.cdiv(num_voxels, block), batch)](
         grad_out_sums, grad_lab_sums, grad_excess, grad_sample_sums, grad_pixel_sums,
-        x, labels, foreground, y, out_rows, lab_rows, kept, grad_x,
-        num_voxels, out_capacity, lab_capacity,
+        x, labels, foreground, y, out_rows, lab_rows, counts[ops.KEPT], grad_x, num_voxels, capacity,
         quantity, no_tp, activation, pixel, pixel_quantity if pixel != ops.NOT_FUSED else 0, block,
     )  # fmt: skip
     return grad_x

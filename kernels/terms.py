@@ -43,6 +43,9 @@ OVERLAP: tl.constexpr = tl.constexpr(ops.OVERLAP)
 GRADIENT_COLUMNS: tl.constexpr = tl.constexpr(ops.GRADIENT_COLUMNS)
 SAMPLE_GRADIENT_COLUMNS: tl.constexpr = tl.constexpr(ops.SAMPLE_GRADIENT_COLUMNS)
 
+OUTPUTS: tl.constexpr = tl.constexpr(ops.OUTPUTS)
+KEPT: tl.constexpr = tl.constexpr(ops.KEPT)
+LABELS: tl.constexpr = tl.constexpr(ops.LABELS)
 PIXEL: tl.constexpr = tl.constexpr(ops.PIXEL)
 INSTANCE_LABEL: tl.constexpr = tl.constexpr(ops.INSTANCE_LABEL)
 INSTANCE_OUTPUT: tl.constexpr = tl.constexpr(ops.INSTANCE_OUTPUT)
@@ -127,17 +130,24 @@ def _share(numbers_ptr, count, B, RATES: tl.constexpr):
 
 
 @triton.jit
-def _center(owned_ptr, alone, kept, numbers_ptr, BLOCK: tl.constexpr):
-    """The criterion on centre boxes, and how it grows with an output's box for each voxel inside and outside others."""
+def _count_owned(owned_ptr, count, BLOCK: tl.constexpr):
+    """Voxels of the boxes of one side that lie outside and inside those of the other side."""
     outside = tl.zeros((BLOCK,), tl.int64)
     inside = tl.zeros((BLOCK,), tl.int64)
-    for first in range(0, kept, BLOCK):
+    for first in range(0, count, BLOCK):
         row = first + tl.arange(0, BLOCK)
-        outside += tl.load(owned_ptr + 2 * row, mask=row < kept, other=0)
-        inside += tl.load(owned_ptr + 2 * row + 1, mask=row < kept, other=0)
-    both, output = tl.sum(inside, axis=0).to(tl.float64), tl.sum(outside, axis=0).to(tl.float64)
-    above = _linear(numbers_ptr + CENTER_RATIO, both, output, alone.to(tl.float64))
-    below = _linear(numbers_ptr + CENTER_RATIO + 4, both, output, alone.to(tl.float64))
+        outside += tl.load(owned_ptr + 2 * row, mask=row < count, other=0)
+        inside += tl.load(owned_ptr + 2 * row + 1, mask=row < count, other=0)
+    return tl.sum(outside, axis=0).to(tl.float64), tl.sum(inside, axis=0).to(tl.float64)
+
+
+@triton.jit
+def _center(out_owned_ptr, lab_owned_ptr, kept, num_labels, numbers_ptr, BLOCK: tl.constexpr):
+    """The criterion on centre boxes, and how it grows with an output's box for each voxel inside and outside others."""
+    output, both = _count_owned(out_owned_ptr, kept, BLOCK)
+    label, _ = _count_owned(lab_owned_ptr, num_labels, BLOCK)
+    above = _linear(numbers_ptr + CENTER_RATIO, both, output, label)
+    below = _linear(numbers_ptr + CENTER_RATIO + 4, both, output, label)
     value = above / below
     slopes_ptr = numbers_ptr + CENTER_SLOPES
     by_inside = (tl.load(slopes_ptr) - value * tl.load(slopes_ptr + 2)) / below
@@ -154,6 +164,7 @@ def _add_rows(
     values_ptr,
     numbers_ptr,
     slopes_ptr,
+    start,
     count,
     used_count,
     whole,
@@ -163,7 +174,7 @@ def _add_rows(
     OUTPUTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Go over the rows of one side of a sample, of which each pointer is at the first, and write their slopes.
+    """Go over the rows of one side of a sample, from row `start` of the tables, and write their slopes.
 
     Returns the sum of the criterion, of the criterion times the distance, and how many rows are correct or detected.
     """
@@ -173,9 +184,9 @@ def _add_rows(
     for first in range(0, tl.maximum(count, 1), BLOCK):
         row = first + tl.arange(0, BLOCK)
         here, used = row < count, row < used_count
-        valued = row < tl.maximum(used_count, 1)
-        size = tl.load(geometry_ptr + row * GEOMETRY_COLUMNS + SIZE, mask=here, other=1).to(tl.float64)
-        row_ptr = sums_ptr + row * SUMS_COLUMNS
+        valued, at = row < tl.maximum(used_count, 1), start + row
+        size = tl.load(geometry_ptr + at * GEOMETRY_COLUMNS + SIZE, mask=here, other=1).to(tl.float64)
+        row_ptr = sums_ptr + at * SUMS_COLUMNS
         overlap = tl.load(row_ptr + OVERLAP, mask=here, other=0.0)
         if OUTPUTS:
             label, untouched = tl.load(row_ptr + LABEL, mask=used, other=0.0), overlap == 0
@@ -187,7 +198,7 @@ def _add_rows(
         by_intersection = tl.zeros((BLOCK,), tl.float64)
         by_prediction = tl.zeros((BLOCK,), tl.float64)
         if values_ptr is not None:
-            value = tl.load(values_ptr + row, mask=valued, other=0.0)
+            value = tl.load(values_ptr + at, mask=valued, other=0.0)
         else:
             intersection = tl.load(row_ptr + INTERSECTION, mask=used, other=0.0)
             prediction = tl.load(row_ptr + COST, mask=used, other=0.0)
@@ -198,16 +209,16 @@ def _add_rows(
             value = tl.where(valued & ~used, whole, value)
         distance = tl.zeros((BLOCK,), tl.float64)
         if distances_ptr is not None:
-            distance = tl.load(distances_ptr + row, mask=valued, other=0.0)
+            distance = tl.load(distances_ptr + at, mask=valued, other=0.0)
         by_center = tl.zeros((BLOCK,), tl.float64)
         if owned_ptr is not None:
-            by_center = by_outside * tl.load(owned_ptr + 2 * row, mask=used, other=0).to(tl.float64)
-            by_center += by_inside * tl.load(owned_ptr + 2 * row + 1, mask=used, other=0).to(tl.float64)
+            by_center = by_outside * tl.load(owned_ptr + 2 * at, mask=used, other=0).to(tl.float64)
+            by_center += by_inside * tl.load(owned_ptr + 2 * at + 1, mask=used, other=0).to(tl.float64)
             by_center = tl.where(used, by_center / size, 0.0)
         total += value
         weighted += distance * value
 
-        row_ptr = slopes_ptr + row * SLOPES_COLUMNS
+        row_ptr = slopes_ptr + at * SLOPES_COLUMNS
         written = row < tl.maximum(count, 1)
         tl.store(row_ptr + BY_CENTER, by_center, mask=written)
         tl.store(row_ptr + BY_FALSE, tl.where(here & untouched, mistake / size, 0.0), mask=written)
@@ -219,201 +230,144 @@ def _add_rows(
 
 @triton.jit
 def _terms_kernel(
-    out_sums_ptr,  # (B, out_capacity, 5) float64
-    lab_sums_ptr,  # (B, lab_capacity, 5) float64
+    sums_ptr,  # (2 B, capacity, 5) float64
     sample_sums_ptr,  # (B, 3) float64
     pixel_sums_ptr,  # (B, 3) float64
     health_ptr,  # () float64
-    out_geometry_ptr,  # (B, out_capacity, 10) int64
-    lab_geometry_ptr,  # (B, lab_capacity, 10) int64
-    num_outputs_ptr,  # (B,) int32
-    num_labels_ptr,  # (B,) int32
-    kept_ptr,  # (B,) int32
-    owned_ptr,  # (B, out_capacity, 2) int64, or None: no center
-    alone_ptr,  # (B,) int64, or None
-    out_distances_ptr,  # (B, out_capacity) float64, or None: no proximity
-    lab_distances_ptr,  # (B, lab_capacity) float64, or None
-    out_values_ptr,  # (B, out_capacity) float64, or None: the criterion follows from the sums
-    lab_values_ptr,  # (B, lab_capacity) float64, or None
+    counts_ptr,  # (3, B) int32
+    geometry_ptr,  # (2 B, capacity, 10) int64
+    owned_ptr,  # (2 B, capacity, 2) int64, or None: no center
+    distances_ptr,  # (2 B, capacity) float64, or None: no proximity
+    values_ptr,  # (2 B, capacity) float64, or None: the criterion follows from the sums
     numbers_ptr,  # (30,) float64
     terms_ptr,  # (B, 7) float64: what each sample adds to the terms
-    out_slopes_ptr,  # (B, out_capacity, 5) float64
-    lab_slopes_ptr,  # (B, lab_capacity, 5) float64
+    slopes_ptr,  # (2 B, capacity, 5) float64
     sample_slopes_ptr,  # (B, 7) float64
-    out_capacity,
-    lab_capacity,
+    capacity,
     REDUCTION: tl.constexpr,
     RATES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     sample = tl.program_id(0).to(tl.int64)
     B = tl.num_programs(0)
-    num_outputs, num_labels = tl.load(num_outputs_ptr + sample), tl.load(num_labels_ptr + sample)
-    kept = tl.load(kept_ptr + sample)
+    num_outputs = tl.load(counts_ptr + OUTPUTS * B + sample)
+    kept = tl.load(counts_ptr + KEPT * B + sample)
+    num_labels = tl.load(counts_ptr + LABELS * B + sample)
     health = tl.load(health_ptr)
-    out, lab = sample * out_capacity, sample * lab_capacity
+    out, lab = sample * capacity, (B + sample) * capacity  # first rows
     terms_ptr += sample * TERMS
-    slopes_ptr = sample_slopes_ptr + sample * SAMPLE_SLOPES_COLUMNS
+    sample_slopes_ptr += sample * SAMPLE_SLOPES_COLUMNS
 
     row_ptr = pixel_sums_ptr + sample * SAMPLE_COLUMNS
     pixel, by_intersection, by_prediction = _criterion(
         numbers_ptr + PIXEL_RATIO, tl.load(row_ptr), tl.load(row_ptr + 1), tl.load(row_ptr + 2), sample >= 0
     )
     tl.store(terms_ptr + PIXEL, health * pixel)
-    tl.store(slopes_ptr + PIXEL_BY_INTERSECTION, health * by_intersection)
-    tl.store(slopes_ptr + PIXEL_BY_PREDICTION, health * by_prediction)
+    tl.store(sample_slopes_ptr + PIXEL_BY_INTERSECTION, health * by_intersection)
+    tl.store(sample_slopes_ptr + PIXEL_BY_PREDICTION, health * by_prediction)
 
     row_ptr = sample_sums_ptr + sample * SAMPLE_COLUMNS
     alone = (num_labels == 0) | (kept == 0)
     whole, by_intersection, by_prediction = _criterion(
         numbers_ptr + INSTANCE_RATIO, tl.load(row_ptr), tl.load(row_ptr + 1), tl.load(row_ptr + 2), alone
     )
-    tl.store(slopes_ptr + WHOLE_BY_INTERSECTION, by_intersection)
-    tl.store(slopes_ptr + WHOLE_BY_PREDICTION, by_prediction)
+    tl.store(sample_slopes_ptr + WHOLE_BY_INTERSECTION, by_intersection)
+    tl.store(sample_slopes_ptr + WHOLE_BY_PREDICTION, by_prediction)
 
     center, by_inside, by_outside = whole * 0.0, whole * 0.0, whole * 0.0
     if owned_ptr is not None:
-        owned_ptr += 2 * out
-        center, by_inside, by_outside = _center(owned_ptr, tl.load(alone_ptr + sample), kept, numbers_ptr, BLOCK)
+        center, by_inside, by_outside = _center(
+            owned_ptr + 2 * out, owned_ptr + 2 * lab, kept, num_labels, numbers_ptr, BLOCK
+        )
     tl.store(terms_ptr + CENTER, health * center / B)
 
     out_share, lab_share = _share(numbers_ptr, num_outputs, B, RATES), _share(numbers_ptr, num_labels, B, RATES)
     out_total, out_weighted, correct = _add_rows(
-        out_sums_ptr + out * SUMS_COLUMNS,
-        out_geometry_ptr + out * GEOMETRY_COLUMNS,
-        owned_ptr,
-        None if out_distances_ptr is None else out_distances_ptr + out,
-        None if out_values_ptr is None else out_values_ptr + out,
-        numbers_ptr,
-        out_slopes_ptr + out * SLOPES_COLUMNS,
-        num_outputs,
-        kept,
-        whole,
-        health * out_share,
-        health * by_inside / B,
-        health * by_outside / B,
-        True,
-        BLOCK,
-    )
+        sums_ptr, geometry_ptr, owned_ptr, distances_ptr, values_ptr, numbers_ptr, slopes_ptr, out, num_outputs, kept,
+        whole, health * out_share, health * by_inside / B, health * by_outside / B, True, BLOCK,
+    )  # fmt: skip
     lab_total, lab_weighted, detected = _add_rows(
-        lab_sums_ptr + lab * SUMS_COLUMNS,
-        lab_geometry_ptr + lab * GEOMETRY_COLUMNS,
-        None,
-        None if lab_distances_ptr is None else lab_distances_ptr + lab,
-        None if lab_values_ptr is None else lab_values_ptr + lab,
-        numbers_ptr,
-        lab_slopes_ptr + lab * SLOPES_COLUMNS,
-        num_labels,
-        num_labels,
-        whole,
-        -health * lab_share,
-        whole,
-        whole,
-        False,
-        BLOCK,
-    )
+        sums_ptr, geometry_ptr, None, distances_ptr, values_ptr, numbers_ptr, slopes_ptr, lab, num_labels, num_labels,
+        whole, -health * lab_share, whole, whole, False, BLOCK,
+    )  # fmt: skip
     tl.store(terms_ptr + FALSE_INSTANCES, health * out_share * (num_outputs - correct))
     tl.store(terms_ptr + MISSED_INSTANCES, health * lab_share * (num_labels - detected))
-    by_output = health * _weight(kept_ptr, kept, B, REDUCTION)
-    by_label = health * _weight(num_labels_ptr, num_labels, B, REDUCTION)
-    tl.store(slopes_ptr + BY_OUTPUT, by_output)
-    tl.store(slopes_ptr + BY_LABEL, by_label)
+    by_output = health * _weight(counts_ptr + KEPT * B, kept, B, REDUCTION)
+    by_label = health * _weight(counts_ptr + LABELS * B, num_labels, B, REDUCTION)
+    tl.store(sample_slopes_ptr + BY_OUTPUT, by_output)
+    tl.store(sample_slopes_ptr + BY_LABEL, by_label)
     tl.store(terms_ptr + INSTANCE_OUTPUT, by_output * out_total)
     tl.store(terms_ptr + INSTANCE_LABEL, by_label * lab_total)
 
     difference = lab_weighted - out_weighted
     proximity = difference * difference
-    if out_distances_ptr is not None:
+    if distances_ptr is not None:
         proximity += tl.where(kept == 0, num_outputs, 0).to(tl.float64)  # too many
     tl.store(terms_ptr + PROXIMITY, health * proximity / B)
-    tl.store(slopes_ptr + BY_DISTANCE, health * 2.0 * difference / B)
-
-
-@triton.jit
-def _spread(
-    slopes_ptr,
-    grads_ptr,
-    count,
-    by_value,
-    by_distance,
-    by_center,
-    by_mistakes,
-    MASSES: tl.constexpr,
-    VALUES: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Gradients of the sums of one side of a sample, of which each pointer is at the first row."""
-    for first in range(tl.program_id(0) * BLOCK, count, tl.num_programs(0) * BLOCK):
-        row = first + tl.arange(0, BLOCK)
-        here = row < count
-        row_ptr = slopes_ptr + row * SLOPES_COLUMNS
-        mass = tl.zeros((BLOCK,), tl.float64)
-        intersection = tl.zeros((BLOCK,), tl.float64)
-        cost = tl.zeros((BLOCK,), tl.float64)
-        if MASSES:
-            mass = by_center * tl.load(row_ptr + BY_CENTER, mask=here, other=0.0)
-            mass += by_mistakes * tl.load(row_ptr + BY_FALSE, mask=here, other=0.0)
-        if VALUES:
-            value = by_value + by_distance * tl.load(row_ptr + DISTANCE, mask=here, other=0.0)
-            intersection = value * tl.load(row_ptr + BY_INTERSECTION, mask=here, other=0.0)
-            cost = value * tl.load(row_ptr + BY_PREDICTION, mask=here, other=0.0)
-        row_ptr = grads_ptr + row * GRADIENT_COLUMNS
-        tl.store(row_ptr + MASS, mass, mask=here)
-        tl.store(row_ptr + INTERSECTION, intersection, mask=here)
-        tl.store(row_ptr + COST, cost, mask=here)
+    tl.store(sample_slopes_ptr + BY_DISTANCE, health * 2.0 * difference / B)
 
 
 @triton.jit
 def _terms_backward_kernel(
     grad_terms_ptr,  # (7,) float64
-    out_slopes_ptr,  # (B, out_capacity, 5) float64
-    lab_slopes_ptr,  # (B, lab_capacity, 5) float64
+    slopes_ptr,  # (2 B, capacity, 5) float64
     sample_slopes_ptr,  # (B, 7) float64
-    num_outputs_ptr,  # (B,) int32
-    num_labels_ptr,  # (B,) int32
-    kept_ptr,  # (B,) int32
-    grad_out_sums_ptr,  # (B, out_capacity, 3) float64
-    grad_lab_sums_ptr,  # (B, lab_capacity, 3) float64
+    counts_ptr,  # (3, B) int32
+    grad_sums_ptr,  # (2 B, capacity, 3) float64
     grad_sample_sums_ptr,  # (B, 2) float64
     grad_pixel_sums_ptr,  # (B, 2) float64
-    out_capacity,
-    lab_capacity,
+    capacity,
     MASSES: tl.constexpr,
     VALUES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     sample = tl.program_id(1).to(tl.int64)
-    num_outputs, num_labels = tl.load(num_outputs_ptr + sample), tl.load(num_labels_ptr + sample)
-    out_slopes_ptr += sample * out_capacity * SLOPES_COLUMNS
-    lab_slopes_ptr += sample * lab_capacity * SLOPES_COLUMNS
-    slopes_ptr = sample_slopes_ptr + sample * SAMPLE_SLOPES_COLUMNS
-    by_distance = tl.load(grad_terms_ptr + PROXIMITY) * tl.load(slopes_ptr + BY_DISTANCE)
-    by_output = tl.load(grad_terms_ptr + INSTANCE_OUTPUT) * tl.load(slopes_ptr + BY_OUTPUT)
-    by_label = tl.load(grad_terms_ptr + INSTANCE_LABEL) * tl.load(slopes_ptr + BY_LABEL)
+    B = tl.num_programs(1)
+    sample_slopes_ptr += sample * SAMPLE_SLOPES_COLUMNS
     by_center = tl.load(grad_terms_ptr + CENTER)
-    _spread(
-        out_slopes_ptr, grad_out_sums_ptr + sample * out_capacity * GRADIENT_COLUMNS, num_outputs,
-        by_output, -by_distance, by_center, tl.load(grad_terms_ptr + FALSE_INSTANCES), MASSES, VALUES, BLOCK,
-    )  # fmt: skip
-    _spread(
-        lab_slopes_ptr, grad_lab_sums_ptr + sample * lab_capacity * GRADIENT_COLUMNS, num_labels,
-        by_label, by_distance, by_center, tl.load(grad_terms_ptr + MISSED_INSTANCES), MASSES, VALUES, BLOCK,
-    )  # fmt: skip
+    by_distance = tl.load(grad_terms_ptr + PROXIMITY) * tl.load(sample_slopes_ptr + BY_DISTANCE)
+    by_whole = by_distance * 0.0
+    for side in tl.static_range(2):
+        if side == 0:
+            count, used = tl.load(counts_ptr + OUTPUTS * B + sample), tl.load(counts_ptr + KEPT * B + sample)
+            by_value = tl.load(grad_terms_ptr + INSTANCE_OUTPUT) * tl.load(sample_slopes_ptr + BY_OUTPUT)
+            by_false, by_near = tl.load(grad_terms_ptr + FALSE_INSTANCES), -by_distance
+        else:
+            count = tl.load(counts_ptr + LABELS * B + sample)
+            used = count
+            by_value = tl.load(grad_terms_ptr + INSTANCE_LABEL) * tl.load(sample_slopes_ptr + BY_LABEL)
+            by_false, by_near = tl.load(grad_terms_ptr + MISSED_INSTANCES), by_distance
+        start = (side * B + sample) * capacity
+        if used == 0:  # row 0 is the whole sample
+            by_whole += by_value + by_near * tl.load(slopes_ptr + start * SLOPES_COLUMNS + DISTANCE)
+        for first in range(tl.program_id(0) * BLOCK, count, tl.num_programs(0) * BLOCK):
+            row = first + tl.arange(0, BLOCK)
+            here = row < count
+            row_ptr = slopes_ptr + (start + row) * SLOPES_COLUMNS
+            mass = tl.zeros((BLOCK,), tl.float64)
+            intersection = tl.zeros((BLOCK,), tl.float64)
+            cost = tl.zeros((BLOCK,), tl.float64)
+            if MASSES:
+                mass = by_center * tl.load(row_ptr + BY_CENTER, mask=here, other=0.0)
+                mass += by_false * tl.load(row_ptr + BY_FALSE, mask=here, other=0.0)
+            if VALUES:
+                value = by_value + by_near * tl.load(row_ptr + DISTANCE, mask=here, other=0.0)
+                intersection = value * tl.load(row_ptr + BY_INTERSECTION, mask=here, other=0.0)
+                cost = value * tl.load(row_ptr + BY_PREDICTION, mask=here, other=0.0)
+            row_ptr = grad_sums_ptr + (start + row) * GRADIENT_COLUMNS
+            tl.store(row_ptr + MASS, mass, mask=here)
+            tl.store(row_ptr + INTERSECTION, intersection, mask=here)
+            tl.store(row_ptr + COST, cost, mask=here)
     if tl.program_id(0) == 0:
-        # Row 0 is the whole sample where there are no instances.
-        by_whole = by_distance * 0.0
-        if VALUES:
-            if num_labels == 0:
-                by_whole += by_label + by_distance * tl.load(lab_slopes_ptr + DISTANCE)
-            if tl.load(kept_ptr + sample) == 0:
-                by_whole += by_output - by_distance * tl.load(out_slopes_ptr + DISTANCE)
         row_ptr = grad_sample_sums_ptr + sample * SAMPLE_GRADIENT_COLUMNS
-        tl.store(row_ptr, by_whole * tl.load(slopes_ptr + WHOLE_BY_INTERSECTION))
-        tl.store(row_ptr + 1, by_whole * tl.load(slopes_ptr + WHOLE_BY_PREDICTION))
+        if not VALUES:
+            by_whole = by_distance * 0.0
+        tl.store(row_ptr, by_whole * tl.load(sample_slopes_ptr + WHOLE_BY_INTERSECTION))
+        tl.store(row_ptr + 1, by_whole * tl.load(sample_slopes_ptr + WHOLE_BY_PREDICTION))
         row_ptr = grad_pixel_sums_ptr + sample * SAMPLE_GRADIENT_COLUMNS
         by_pixel = tl.load(grad_terms_ptr + PIXEL)
-        tl.store(row_ptr, by_pixel * tl.load(slopes_ptr + PIXEL_BY_INTERSECTION))
-        tl.store(row_ptr + 1, by_pixel * tl.load(slopes_ptr + PIXEL_BY_PREDICTION))
+        tl.store(row_ptr, by_pixel * tl.load(sample_slopes_ptr + PIXEL_BY_INTERSECTION))
+        tl.store(row_ptr + 1, by_pixel * tl.load(sample_slopes_ptr + PIXEL_BY_PREDICTION))
 
 
 @functools.lru_cache(maxsize=64)
@@ -424,60 +378,43 @@ def _on_device(numbers: tuple[float, ...], device: torch.device, stream: int) ->
 
 
 def launch_terms(
-    out_sums: Tensor,
-    lab_sums: Tensor,
+    sums: Tensor,
     sample_sums: Tensor,
     pixel_sums: Tensor,
     health: Tensor,
-    out_geometry: Tensor,
-    lab_geometry: Tensor,
-    num_outputs: Tensor,
-    num_labels: Tensor,
-    kept: Tensor,
-    center: list[Tensor],
-    distances: list[Tensor],
-    values: list[Tensor],
+    counts: Tensor,
+    geometry: Tensor,
+    owned: Tensor | None,
+    distances: Tensor | None,
+    values: Tensor | None,
     numbers: list[float],
     reduction: int,
     rates: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The terms, and the slopes of outputs, labels and samples."""
-    (batch, out_capacity, _), lab_capacity, device = out_sums.shape, lab_sums.shape[1], out_sums.device
-    sizes = (batch, ops.PROXIMITY + 1), (batch, out_capacity, ops.SLOPES_COLUMNS)
-    sizes += (batch, lab_capacity, ops.SLOPES_COLUMNS), (batch, ops.SAMPLE_SLOPES_COLUMNS)
-    results = [torch.empty(size, dtype=torch.float64, device=device) for size in sizes]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The terms, and the slopes of instances and of samples."""
+    (_, capacity, _), batch, device = sums.shape, len(sample_sums), sums.device
+    sizes = (batch, ops.PROXIMITY + 1), (2 * batch, capacity, ops.SLOPES_COLUMNS), (batch, ops.SAMPLE_SLOPES_COLUMNS)
+    terms, slopes, sample_slopes = (torch.empty(size, dtype=torch.float64, device=device) for size in sizes)
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     if batch > 0:
         _terms_kernel[(batch,)](
-            out_sums, lab_sums, sample_sums, pixel_sums, health, out_geometry, lab_geometry,
-            num_outputs, num_labels, kept, *(center or (None, None)), *(distances or (None, None)),
-            *(values or (None, None)), _on_device(tuple(numbers), device, stream), *results,
-            out_capacity, lab_capacity, reduction, rates, block_size(max(out_capacity, lab_capacity), ROWS_BLOCK),
+            sums, sample_sums, pixel_sums, health, counts, geometry, owned, distances, values,
+            _on_device(tuple(numbers), device, stream), terms, slopes, sample_slopes,
+            capacity, reduction, rates, block_size(capacity, ROWS_BLOCK),
         )  # fmt: skip
-    return results[0].sum(dim=0), results[1], results[2], results[3]
+    return terms.sum(dim=0), slopes, sample_slopes
 
 
 def launch_terms_backward(
-    grad_terms: Tensor,
-    out_slopes: Tensor,
-    lab_slopes: Tensor,
-    sample_slopes: Tensor,
-    num_outputs: Tensor,
-    num_labels: Tensor,
-    kept: Tensor,
-    masses: bool,
-    values: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of the sums of outputs, labels and samples, and of the sums of the pixel term."""
-    (batch, out_capacity, _), lab_capacity = out_slopes.shape, lab_slopes.shape[1]
-    sizes = (batch, out_capacity, ops.GRADIENT_COLUMNS), (batch, lab_capacity, ops.GRADIENT_COLUMNS)
-    sizes += ((batch, ops.SAMPLE_GRADIENT_COLUMNS),) * 2
-    grads = [torch.empty(size, dtype=torch.float64, device=out_slopes.device) for size in sizes]
+    grad_terms: Tensor, slopes: Tensor, sample_slopes: Tensor, counts: Tensor, masses: bool, values: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the sums of instances and of samples, and of the sums of the pixel term."""
+    (_, capacity, _), batch = slopes.shape, len(sample_slopes)
+    sizes = (2 * batch, capacity, ops.GRADIENT_COLUMNS), *((batch, ops.SAMPLE_GRADIENT_COLUMNS),) * 2
+    grads = [torch.empty(size, dtype=torch.float64, device=slopes.device) for size in sizes]
     if batch > 0:
-        capacity = max(out_capacity, lab_capacity)
         block = block_size(capacity, ROWS_BLOCK)
         _terms_backward_kernel[(table_programs(triton.cdiv(capacity, block)), batch)](
-            grad_terms.contiguous(), out_slopes, lab_slopes, sample_slopes, num_outputs, num_labels, kept, *grads,
-            out_capacity, lab_capacity, masses, values, block,
-        )  # fmt: skip
-    return grads[0], grads[1], grads[2], grads[3]
+            grad_terms.contiguous(), slopes, sample_slopes, counts, *grads, capacity, masses, values, block
+        )
+    return grads[0], grads[1], grads[2]

@@ -47,7 +47,7 @@ def evaluate_terms(
                 values["center"] = slow.center(volumes, found, place, center, options) * _health(looked_at)
             fused = tuple(name for name in TERMS if name in names and name not in values)
             request = Request(fused, options, seen, pixel_form, instance_form, center_form, pair_capacity)
-            given: tuple[Tensor | None, Tensor | None] = (None, None)
+            given: Tensor | None = None
             if request.wants_instances and instance_form is None:
                 given = slow.instance_values(slow.volumes(x, found, options), found, instance, options)
             elif request.wants_instances and request.quantity == quantities.CROSS_ENTROPY and not options.hard:
@@ -56,7 +56,7 @@ def evaluate_terms(
                 health = health * _health(looked_at)
             if fused:
                 together: Tensor = FusedTerms.apply(  # type: ignore[no-untyped-call]
-                    x, *given, truth, pixel_sums, health, request, *found[1:], *found.sites
+                    x, given, truth, pixel_sums, health, request, found.counts, found.geometry, *found.sites
                 )
                 of_all = dict(zip(TERMS, together.to(x.dtype).unbind(), strict=True))
                 values.update((name, of_all[name]) for name in fused)

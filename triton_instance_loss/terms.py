@@ -16,7 +16,7 @@ from torch import Tensor
 from . import ops, quantities
 from .activation import activation_of
 from .criteria import FusedCriterion
-from .instances import Found, first_rows
+from .instances import first_rows
 from .options import Options
 
 TERMS = (
@@ -127,50 +127,48 @@ class FusedTerms(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        output_values: Tensor | None,
-        label_values: Tensor | None,
+        values: Tensor | None,
         labels: Tensor,
         pixel_sums: Tensor,
         health: Tensor,
         request: Request,
-        *tensors: Tensor,
+        counts: Tensor,
+        geometry: Tensor,
+        *sites: Tensor,
     ) -> Tensor:
-        """All terms, (7,) float64, 0 where not wanted; `tensors` are those of `Found`, its sites last."""
+        """All terms, (7,) float64, 0 where not wanted."""
         options, names = request.options, request.names
-        rest = len(Found._fields) - 1
-        found = Found(tensors[rest:], *tensors[:rest])
-        counts = found.num_outputs, found.num_labels, found.kept
-        boxes = found.out_geometry, found.lab_geometry, found.kept, found.num_labels
-        place, planar = place_of_centers(x.shape, options), options.spatial_dims == 2
-        *sums, pairs = ops.sum_instances(
+        size, offsets = place_of_centers(x.shape, options)
+        sums, sample_sums, pairs = ops.sum_instances(
             x,
-            found.sites,
-            found.kept,
-            found.lab_geometry,
+            sites,
+            counts,
+            geometry,
             activation_of(options)[0],
             request.quantity,
             options.instance_wise_loss_no_tp,
-            found.out_geometry.shape[1],
             request.pair_capacity,
         )
-        values = [value for value in (output_values, label_values) if value is not None]
-        terms, *slopes = ops.terms(
-            *sums,
+        owned = ops.center_overlaps(geometry, counts, size, offsets) if "center" in names else None
+        planar = options.spatial_dims == 2
+        distances = ops.proximity_minima(geometry, counts, size, planar) if "proximity" in names else None
+        terms, slopes, sample_slopes = ops.terms(
+            sums,
+            sample_sums,
             pixel_sums,
             health,
-            found.out_geometry,
-            found.lab_geometry,
-            *counts,
-            ops.center_overlaps(*boxes, *place) if "center" in names else [],
-            ops.proximity_minima(*boxes, place[0], planar) if "proximity" in names else [],
-            [value.double() for value in values],
+            counts,
+            geometry,
+            owned,
+            distances,
+            None if values is None else values.double(),
             request.numbers(x.shape),
             request.reduction,
             options.rate_instead_number,
         )
-        ctx.save_for_backward(x, labels, pairs, *slopes, *counts, *found.sites)
-        ctx.request, ctx.inputs = request, len(tensors)
-        ctx.values_types = [value.dtype for value in values]
+        ctx.save_for_backward(x, labels, pairs, slopes, sample_slopes, counts, *sites)
+        ctx.request, ctx.num_sites = request, len(sites)
+        ctx.values_type = None if values is None else values.dtype
         return terms  # type: ignore[no-any-return]
 
     @staticmethod
@@ -184,38 +182,34 @@ class FusedTerms(torch.autograd.Function):
                 None if each is None else _OnceDifferentiable.apply(each, x)  # type: ignore[no-untyped-call]
                 for each in grads
             )
-        return (*grads, *(None,) * (4 + ctx.inputs))
+        return (*grads, *(None,) * (6 + ctx.num_sites))
 
     @staticmethod
-    def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        x, labels, pairs, *slopes, num_outputs, num_labels, kept = ctx.saved_tensors[:9]
-        request, options, sites = ctx.request, ctx.request.options, ctx.saved_tensors[9:]
+    def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+        x, labels, pairs, slopes, sample_slopes, counts, *sites = ctx.saved_tensors
+        request, options = ctx.request, ctx.request.options
         # As published, a hard activated output passes no gradient on.
         flows = options.surrogate or not options.hard
         pixel = request.pixel if "pixel" in request.names else ops.NOT_FUSED
         grad_x = ops.sum_instances_backward(
-            *ops.terms_backward(grad, *slopes, num_outputs, num_labels, kept, options.surrogate, flows),
+            *ops.terms_backward(grad, slopes, sample_slopes, counts, options.surrogate, flows),
             x,
             labels,
             sites,
             pairs,
-            kept,
+            counts,
             activation_of(options)[0],
             request.quantity,
             options.instance_wise_loss_no_tp,
             ops.NOT_FUSED if pixel == ops.HARD and not flows else pixel,
             request.pixel_quantity,
         )
-        if not ctx.values_types:
-            return grad_x, None, None
-        *of_rows, of_samples = slopes
-        by_distance = grad[ops.PROXIMITY] * of_samples[:, ops.BY_DISTANCE, None]
-        given = []
-        for term, column, sign, side, count, kind in (
-            (ops.INSTANCE_OUTPUT, ops.BY_OUTPUT, -1.0, of_rows[0], kept, ctx.values_types[0]),
-            (ops.INSTANCE_LABEL, ops.BY_LABEL, 1.0, of_rows[1], num_labels, ctx.values_types[1]),
-        ):
-            by_value = grad[term] * of_samples[:, column, None] + sign * by_distance * side[..., ops.DISTANCE]
-            used = first_rows(count.clamp(min=1), side.shape[1])
-            given.append(torch.where(used, by_value, 0.0).to(kind))
-        return grad_x, given[0], given[1]
+        if ctx.values_type is None:
+            return grad_x, None
+        by_output = grad[ops.INSTANCE_OUTPUT] * sample_slopes[:, ops.BY_OUTPUT]
+        by_label = grad[ops.INSTANCE_LABEL] * sample_slopes[:, ops.BY_LABEL]
+        by_distance = grad[ops.PROXIMITY] * sample_slopes[:, ops.BY_DISTANCE]
+        by_value, by_distance = torch.cat((by_output, by_label)), torch.cat((-by_distance, by_distance))
+        grad_values = by_value[:, None] + by_distance[:, None] * slopes[..., ops.DISTANCE]
+        used = first_rows(counts[ops.KEPT :].flatten().clamp(min=1), slopes.shape[1])
+        return grad_x, torch.where(used, grad_values, 0.0).to(ctx.values_type)

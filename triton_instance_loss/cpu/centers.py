@@ -5,7 +5,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..ops import COORDINATE_SUMS, SIZE
+from ..ops import COORDINATE_SUMS, KEPT, SIZE
 
 
 def _paint_centers(geometry: Tensor, count: int, shape: list[int], offsets: list[int]) -> NDArray[np.unsignedinteger]:
@@ -20,32 +20,24 @@ def _paint_centers(geometry: Tensor, count: int, shape: list[int], offsets: list
     return owner
 
 
-def center_volumes(
-    out_geometry: Tensor, lab_geometry: Tensor, kept: Tensor, num_labels: Tensor, shape: list[int], offsets: list[int]
-) -> tuple[Tensor, Tensor]:
+def center_volumes(geometry: Tensor, counts: Tensor, shape: list[int], offsets: list[int]) -> tuple[Tensor, Tensor]:
     """Operator `center_volumes` (ops.py)."""
-    owners, covered = [], []
-    for sample in range(len(kept)):
-        owner = _paint_centers(out_geometry[sample], int(kept[sample]), shape, offsets)
-        label = _paint_centers(lab_geometry[sample], int(num_labels[sample]), shape, offsets)
-        owners.append(torch.from_numpy(owner.astype(np.int32)))
-        covered.append(torch.from_numpy(label > 0))
-    return torch.stack(owners), torch.stack(covered)
+    batch = counts.shape[1]
+    used = counts[KEPT:].flatten().tolist()
+    painted = [_paint_centers(*side, shape, offsets) for side in zip(geometry, used, strict=True)]
+    owners = [torch.from_numpy(owner.astype(np.int32)) for owner in painted[:batch]]
+    return torch.stack(owners), torch.stack([torch.from_numpy(owner > 0) for owner in painted[batch:]])
 
 
-def center_overlaps(
-    out_geometry: Tensor, lab_geometry: Tensor, kept: Tensor, num_labels: Tensor, shape: list[int], offsets: list[int]
-) -> tuple[Tensor, Tensor]:
+def center_overlaps(geometry: Tensor, counts: Tensor, shape: list[int], offsets: list[int]) -> Tensor:
     """Operator `center_overlaps` (ops.py)."""
-    rows = out_geometry.shape[1]
-    owned = torch.zeros((len(kept), rows, 2), dtype=torch.int64)
-    alone = torch.zeros(len(kept), dtype=torch.int64)
-    for sample in range(len(kept)):
-        owner = _paint_centers(out_geometry[sample], int(kept[sample]), shape, offsets).reshape(-1)
-        label = _paint_centers(lab_geometry[sample], int(num_labels[sample]), shape, offsets).reshape(-1)
+    sides, rows, _ = geometry.shape
+    used = counts[KEPT:].flatten().tolist()
+    painted = [_paint_centers(*side, shape, offsets).reshape(-1) for side in zip(geometry, used, strict=True)]
+    owned = np.zeros((sides, rows, 2), dtype=np.int64)
+    for side, owner in enumerate(painted):
+        other = painted[(side + sides // 2) % sides]
         boxes = np.flatnonzero(owner != 0)  # of bytes it would be several times as slow
-        row, inside = owner[boxes].astype(np.int64) - 1, label[boxes] > 0
-        counts = np.bincount(2 * row + inside, minlength=2 * rows)
-        owned[sample] = torch.from_numpy(counts).view(rows, 2)
-        alone[sample] = int(np.count_nonzero(label != 0)) - int(np.count_nonzero(inside))
-    return owned, alone
+        row, inside = owner[boxes].astype(np.int64) - 1, other[boxes] > 0
+        owned[side] = np.bincount(2 * row + inside, minlength=2 * rows).reshape(rows, 2)
+    return torch.from_numpy(owned)

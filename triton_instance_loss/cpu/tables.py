@@ -11,6 +11,7 @@ from .. import quantities
 from ..ops import (
     COST,
     INTERSECTION,
+    KEPT,
     LABEL,
     MASS,
     NONE,
@@ -51,9 +52,9 @@ class _Pairs:
         self.a = torch.from_numpy(values)
         self.y = torch.from_numpy((sites.bits & LAB) != 0)
 
-    def kept(self, kept: Tensor) -> NDArray[np.bool_]:
+    def kept(self, kept: NDArray[np.int32]) -> NDArray[np.bool_]:
         """Which pairs lie inside a kept output."""
-        inside: NDArray[np.bool_] = (self.out > 0) & (self.out <= kept.numpy()[self.sample])
+        inside: NDArray[np.bool_] = (self.out > 0) & (self.out <= kept[self.sample])
         return inside
 
     def sum(self, values: Tensor) -> NDArray[Any]:
@@ -61,7 +62,7 @@ class _Pairs:
         sums: NDArray[Any] = np.bincount(self.of_voxel, weights=values.numpy(), minlength=len(self.sizes))
         return sums
 
-    def met(self, kept: Tensor) -> Indices:
+    def met(self, kept: NDArray[np.int32]) -> Indices:
         """The pairs of a kept output and a label that touch."""
         return np.flatnonzero(self.kept(kept) & (self.lab > 0) & (self.sizes > 0))
 
@@ -83,18 +84,17 @@ class _Pairs:
 def sum_instances(
     x: Tensor,
     sites: list[Tensor],
-    kept: Tensor,
-    lab_geometry: Tensor,
+    counts: Tensor,
+    geometry: Tensor,
     activation: int,
     quantity: int,
     no_tp: bool,
-    out_capacity: int,
     pair_capacity: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Operator `sum_instances` (ops.py)."""
     read = Sites.read(sites[0])
-    pairs = _Pairs(x, read, activation)
-    batch, lab_capacity, _ = lab_geometry.shape
+    pairs, kept = _Pairs(x, read, activation), counts[KEPT].numpy()
+    batch, capacity = len(x), geometry.shape[1]
     inside, on_label = pairs.kept(kept), pairs.lab > 0
     mass = pairs.sum(pairs.a)
     if quantity == quantities.MASS:  # phi is a itself
@@ -110,9 +110,9 @@ def sum_instances(
         cost = at_label - at_nothing
     met = pairs.met(kept)
     sizes = np.zeros(len(mass))
-    sizes[met] = lab_geometry.numpy()[pairs.sample[met], pairs.lab[met] - 1, SIZE]
+    sizes[met] = geometry.numpy()[batch + pairs.sample[met], pairs.lab[met] - 1, SIZE]
     brought = np.zeros(len(mass))
-    brought[met] = pairs.by_row(pairs.out, excess, out_capacity, batch)[pairs.sample[met], pairs.out[met] - 1]
+    brought[met] = pairs.by_row(pairs.out, excess, capacity, batch)[pairs.sample[met], pairs.out[met] - 1]
     out_columns = {
         MASS: mass,
         INTERSECTION: np.where(on_label, mass, 0.0),
@@ -128,18 +128,13 @@ def sum_instances(
         OVERLAP: np.where(inside, pairs.sizes, 0),
     }
 
-    def table(side: Indices, columns: dict[int, NDArray[Any]], capacity: int) -> Tensor:
-        sums = np.empty((batch, capacity, SUMS_COLUMNS))
-        for column, values in columns.items():
-            sums[..., column] = pairs.by_row(side, values, capacity, batch)
-        return torch.from_numpy(sums)
-
-    return (
-        table(pairs.out, out_columns, out_capacity),
-        table(pairs.lab, lab_columns, lab_capacity),
-        _sample_sums(x, read, pairs, activation, quantity),
-        torch.empty((batch, 0), dtype=torch.int64),  # the backward makes the pairs anew
-    )
+    sums = np.empty((2 * batch, capacity, SUMS_COLUMNS))
+    for column in range(SUMS_COLUMNS):
+        sums[:batch, :, column] = pairs.by_row(pairs.out, out_columns[column], capacity, batch)
+        sums[batch:, :, column] = pairs.by_row(pairs.lab, lab_columns[column], capacity, batch)
+    sample_sums = _sample_sums(x, read, pairs, activation, quantity)
+    # The backward makes the pairs anew.
+    return torch.from_numpy(sums), sample_sums, torch.empty((batch, 0), dtype=torch.int64)
 
 
 def _sample_sums(x: Tensor, sites: Sites, pairs: _Pairs, activation: int, quantity: int) -> Tensor:
@@ -157,15 +152,14 @@ def _sample_sums(x: Tensor, sites: Sites, pairs: _Pairs, activation: int, quanti
 
 
 def sum_instances_backward(
-    grad_out_sums: Tensor,
-    grad_lab_sums: Tensor,
+    grad_sums: Tensor,
     grad_sample_sums: Tensor,
     grad_pixel_sums: Tensor,
     x: Tensor,
     labels: Tensor,
     sites: list[Tensor],
     pairs: Tensor,
-    kept: Tensor,
+    counts: Tensor,
     activation: int,
     quantity: int,
     no_tp: bool,
@@ -184,10 +178,11 @@ def sum_instances_backward(
         some = grad_sample_sums.any(1)
         grad[some] += (by_whole * slope(x, activation))[some].to(x.dtype)
 
-    groups = _Pairs(x, read, activation)
+    groups, kept = _Pairs(x, read, activation), counts[KEPT].numpy()
     inside, on_label = groups.kept(kept), groups.lab > 0
-    out = groups.gather(groups.out, grad_out_sums.numpy())
-    lab = groups.gather(groups.lab, grad_lab_sums.numpy())
+    out, lab = (
+        groups.gather(*side) for side in zip((groups.out, groups.lab), np.split(grad_sums.numpy(), 2), strict=True)
+    )
     # What each pair multiplies 1, phi'(a, 1), phi'(a, 0) and the derivative of the excess by.
     cost = np.where(inside, lab[COST], 0.0)
     constant = out[MASS] + lab[MASS] + np.where(on_label, out[INTERSECTION], 0.0)
@@ -197,7 +192,7 @@ def sum_instances_backward(
     met = groups.met(kept)
     brought = np.zeros(len(cost))
     brought[met] = lab[COST][met]
-    brought = groups.by_row(groups.out, brought, grad_out_sums.shape[1], len(x))[:, :, None]
+    brought = groups.by_row(groups.out, brought, grad_sums.shape[1], len(x))[:, :, None]
     (excess,) = groups.gather(groups.out, brought)
     if not no_tp:
         of_nothing += excess - cost

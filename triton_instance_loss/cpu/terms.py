@@ -46,13 +46,11 @@ class _Side(NamedTuple):
     slopes: Numbers  # (B, rows, 5), filled step by step
 
     @classmethod
-    def read(cls, sums: Tensor, geometry: Tensor, count: Tensor, used: Tensor) -> "_Side":
-        """From tensors."""
+    def of(cls, sums: Numbers, geometry: NDArray[Any], slopes: Numbers, count: Any, used: Any) -> "_Side":
+        """From tables of one side, and how many instances there are and are used in each sample."""
         rows = np.arange(sums.shape[1])
-        present, masked = (rows < counts.numpy()[:, None] for counts in (count, used))
-        sizes = np.maximum(geometry.numpy()[..., ops.SIZE], 1).astype(np.float64)
-        slopes = np.zeros((*sizes.shape, ops.SLOPES_COLUMNS))
-        return cls(sums.numpy(), sizes, present, masked, used.numpy() == 0, slopes)
+        sizes = np.maximum(geometry[..., ops.SIZE], 1).astype(np.float64)
+        return cls(sums, sizes, rows < count[:, None], rows < used[:, None], used == 0, slopes)
 
     def evaluate(self, ratio: list[float], missing: float, label: Numbers, whole: Numbers) -> Numbers:
         """The criterion of each instance, or of the whole sample in row 0; its slopes are noted."""
@@ -82,27 +80,26 @@ class _Side(NamedTuple):
 
 
 def terms(
-    out_sums: Tensor,
-    lab_sums: Tensor,
+    sums: Tensor,
     sample_sums: Tensor,
     pixel_sums: Tensor,
     health: Tensor,
-    out_geometry: Tensor,
-    lab_geometry: Tensor,
-    num_outputs: Tensor,
-    num_labels: Tensor,
-    kept: Tensor,
-    center: list[Tensor],
-    distances: list[Tensor],
-    values: list[Tensor],
+    counts: Tensor,
+    geometry: Tensor,
+    owned: Tensor | None,
+    distances: Tensor | None,
+    values: Tensor | None,
     numbers: list[float],
     reduction: int,
     rates: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Operator `terms` (ops.py)."""
-    out = _Side.read(out_sums, out_geometry, num_outputs, kept)
-    lab = _Side.read(lab_sums, lab_geometry, num_labels, num_labels)
-    batch = len(out.sums)
+    num_outputs, kept, num_labels = counts.numpy()
+    batch = len(num_outputs)
+    slopes = np.zeros((*sums.shape[:2], ops.SLOPES_COLUMNS))
+    of_sides = zip(*(np.split(table, 2) for table in (sums.numpy(), geometry.numpy(), slopes)), strict=True)
+    of_counts = (num_outputs, kept), (num_labels, num_labels)
+    out, lab = (_Side.of(*tables, *count) for tables, count in zip(of_sides, of_counts, strict=True))
     ratio = numbers[ops.INSTANCE_RATIO : ops.MISSING]
     results = np.zeros(ops.PROXIMITY + 1)
     of_samples = np.zeros((batch, ops.SAMPLE_SLOPES_COLUMNS))
@@ -112,8 +109,8 @@ def terms(
         of_samples[:, ops.PIXEL_BY_INTERSECTION] = pixel.by_intersection
         of_samples[:, ops.PIXEL_BY_PREDICTION] = pixel.by_prediction
 
-        if values:
-            of_outputs, of_labels = (given.numpy() for given in values)
+        if values is not None:
+            of_outputs, of_labels = np.split(values.numpy(), 2)
         else:
             whole = _evaluate(ratio, *sample_sums.numpy().T, out.alone | lab.alone)
             of_samples[:, ops.WHOLE_BY_INTERSECTION] = whole.by_intersection
@@ -127,17 +124,16 @@ def terms(
             of_samples[:, column] = side.weights(reduction)
             results[term] = (of_samples[:, column] * of_side.sum(1)).sum()
 
-        if distances:
-            for side, to_nearest in zip((out, lab), distances, strict=True):
-                side.slopes[..., ops.DISTANCE] = to_nearest.numpy()
+        if distances is not None:
+            slopes[..., ops.DISTANCE] = distances.numpy()
             difference = (lab.slopes[..., ops.DISTANCE] * of_labels).sum(1)
             difference -= (out.slopes[..., ops.DISTANCE] * of_outputs).sum(1)
-            too_many = np.where(out.alone, num_outputs.numpy(), 0)
+            too_many = np.where(out.alone, num_outputs, 0)
             results[ops.PROXIMITY] = (difference**2 + too_many).mean()
             of_samples[:, ops.BY_DISTANCE] = 2.0 * difference / batch
 
-        if center:
-            results[ops.CENTER] = _center(out, center, numbers)
+        if owned is not None:
+            results[ops.CENTER] = _center(out, lab, owned.numpy().astype(np.float64), numbers)
         untouched = out.sums[..., ops.OVERLAP] == 0, lab.sums[..., ops.TOUCHED] == 0
         correct, detected = out.used & ~untouched[0], lab.sums[..., ops.OVERLAP] > 0
         smoother = numbers[ops.SMOOTHER]
@@ -146,17 +142,15 @@ def terms(
 
         healthy = float(health)
         of_samples[:, : ops.BY_DISTANCE + 1] *= healthy
-        for side in (out, lab):
-            side.slopes[..., : ops.BY_FALSE + 1] *= healthy
-    tables = (torch.from_numpy(table) for table in (results * healthy, out.slopes, lab.slopes, of_samples))
-    first, second, third, fourth = tables
-    return first, second, third, fourth
+        slopes[..., : ops.BY_FALSE + 1] *= healthy
+    return torch.from_numpy(results * healthy), torch.from_numpy(slopes), torch.from_numpy(of_samples)
 
 
-def _center(out: _Side, center: list[Tensor], numbers: list[float]) -> float:
+def _center(out: _Side, lab: _Side, owned: Numbers, numbers: list[float]) -> float:
     """The criterion on centre boxes; its slopes by the mass of each output are noted."""
-    owned, alone = (counts.numpy().astype(np.float64) for counts in center)
-    outside, inside = owned[..., 0], owned[..., 1]
+    of_outputs, of_labels = np.split(owned, 2)
+    outside, inside = (np.where(out.used, of_outputs[..., side], 0.0) for side in (0, 1))
+    alone = np.where(lab.used, of_labels[..., 0], 0.0).sum(1)
     ratio, slopes = numbers[ops.CENTER_RATIO : ops.CENTER_SLOPES], numbers[ops.CENTER_SLOPES : ops.SMOOTHER]
     in_both, in_outputs = inside.sum(1), outside.sum(1)
     above = ratio[0] * in_both + ratio[1] * in_outputs + ratio[2] * alone + ratio[3]
@@ -164,42 +158,37 @@ def _center(out: _Side, center: list[Tensor], numbers: list[float]) -> float:
     value = above / below
     by_inside, by_outside = ((slopes[i] - value * slopes[i + 2]) / (below * len(value)) for i in (0, 1))
     by_height = by_inside[:, None] * inside + by_outside[:, None] * outside
-    out.slopes[..., ops.BY_CENTER] = np.where(out.used, by_height / out.sizes, 0.0)
+    out.slopes[..., ops.BY_CENTER] = by_height / out.sizes
     return float(value.mean())
 
 
 def terms_backward(
-    grad_terms: Tensor,
-    out_slopes: Tensor,
-    lab_slopes: Tensor,
-    sample_slopes: Tensor,
-    num_outputs: Tensor,
-    num_labels: Tensor,
-    kept: Tensor,
-    masses: bool,
-    values: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grad_terms: Tensor, slopes: Tensor, sample_slopes: Tensor, counts: Tensor, masses: bool, values: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """Operator `terms_backward` (ops.py)."""
     grads, of_samples = grad_terms.numpy(), sample_slopes.numpy()
+    table = np.zeros((*slopes.shape[:2], ops.GRADIENT_COLUMNS))
     of_sample = np.zeros((len(of_samples), ops.SAMPLE_GRADIENT_COLUMNS))
     by_distance = grads[ops.PROXIMITY] * of_samples[:, ops.BY_DISTANCE]
-    tables = []
-    for slopes, used, term, by_term, mistakes, sign in (
-        (out_slopes, kept, ops.INSTANCE_OUTPUT, ops.BY_OUTPUT, ops.FALSE_INSTANCES, -1.0),
-        (lab_slopes, num_labels, ops.INSTANCE_LABEL, ops.BY_LABEL, ops.MISSED_INSTANCES, 1.0),
+    for of_rows, side, used, term, by_term, mistakes, sign in zip(
+        np.split(slopes.numpy(), 2),
+        np.split(table, 2),
+        counts.numpy()[ops.KEPT :],
+        (ops.INSTANCE_OUTPUT, ops.INSTANCE_LABEL),
+        (ops.BY_OUTPUT, ops.BY_LABEL),
+        (ops.FALSE_INSTANCES, ops.MISSED_INSTANCES),
+        (-1.0, 1.0),
+        strict=True,
     ):
-        of_rows = slopes.numpy()
-        table = np.zeros((*slopes.shape[:2], ops.GRADIENT_COLUMNS))
         if masses:
-            table[..., ops.MASS] = grads[ops.CENTER] * of_rows[..., ops.BY_CENTER]
-            table[..., ops.MASS] += grads[mistakes] * of_rows[..., ops.BY_FALSE]
+            side[..., ops.MASS] = grads[ops.CENTER] * of_rows[..., ops.BY_CENTER]
+            side[..., ops.MASS] += grads[mistakes] * of_rows[..., ops.BY_FALSE]
         if values:
             by_value = grads[term] * of_samples[:, by_term, None]
             by_value = by_value + sign * by_distance[:, None] * of_rows[..., ops.DISTANCE]
-            table[..., ops.INTERSECTION] = by_value * of_rows[..., ops.BY_INTERSECTION]
-            table[..., ops.COST] = by_value * of_rows[..., ops.BY_PREDICTION]
-            alone = used.numpy() == 0
+            side[..., ops.INTERSECTION] = by_value * of_rows[..., ops.BY_INTERSECTION]
+            side[..., ops.COST] = by_value * of_rows[..., ops.BY_PREDICTION]
+            alone = used == 0
             of_sample[alone] += by_value[alone, :1] * of_samples[alone, ops.WHOLE_BY_INTERSECTION :]
-        tables.append(torch.from_numpy(table))
     pixel = grads[ops.PIXEL] * of_samples[:, : ops.PIXEL_BY_PREDICTION + 1]
-    return tables[0], tables[1], torch.from_numpy(of_sample), torch.from_numpy(pixel)
+    return torch.from_numpy(table), torch.from_numpy(of_sample), torch.from_numpy(pixel)
