@@ -26,7 +26,19 @@ from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from triton_instance_loss.ops import GIVEN, HARD, NONE, NOT_FUSED, NUMBERS, PROBABILITY, RAW, SIGMOID  # noqa: E402
+from triton_instance_loss.ops import (  # noqa: E402
+    BY_INSTANCE,
+    BY_MEAN,
+    BY_SUM,
+    GIVEN,
+    HARD,
+    NONE,
+    NOT_FUSED,
+    NUMBERS,
+    PROBABILITY,
+    RAW,
+    SIGMOID,
+)
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 ARCHITECTURES = (80, 90, 100)
@@ -87,39 +99,31 @@ def call_launchers():
         for rounds, min_size in ((0, 0), (3, 2)):
             room["components"].launch_find_instances(mask, rounds, min_size, 20)
         room["components"].launch_number_instances(mask.long(), 0, 20)
-        geometry, counts = torch.zeros((2, 20, 10), dtype=torch.int64), torch.zeros(2, dtype=torch.int32)
-        sides = (geometry, geometry, counts, counts, list(shape[1:]))
-        room["centers"].launch_center_overlaps(*sides, [2, 2, 2])
-        room["proximity"].launch_proximity_minima(*sides, depth == 1)
-    geometry, counts = torch.zeros((2, 20, 10), dtype=torch.int64), torch.zeros(2, dtype=torch.int32)
+        geometry, counts = torch.zeros((4, 20, 10), dtype=torch.int64), torch.zeros((3, 2), dtype=torch.int32)
+        room["centers"].launch_center_overlaps(geometry, counts, list(shape[1:]), [2, 2, 2])
+        room["proximity"].launch_proximity_minima(geometry, counts, list(shape[1:]), depth == 1)
     sites = [torch.zeros((4, *shape[1:]), dtype=dtype) for dtype in (torch.bool, torch.int32)]
     for dtype, quantity, no_tp in SUMS:
         x = torch.zeros(shape, dtype=torch.float32 if dtype == torch.bool else dtype)
         activation = SIGMOID if dtype == torch.bool else NONE
-        case = (x, sites, counts, geometry, activation, quantity, no_tp)
-        *tables, pairs = room["tables"].launch_sum_instances(*case, 20, 64)
-    per_row = [torch.zeros((2, 20), dtype=torch.float64) for _ in range(2)]
-    center = [torch.zeros((2, 20, 2), dtype=torch.int64), torch.zeros(2, dtype=torch.int64)]
-    for given, reduction, rates in (
-        (([], [], []), 0, False),
-        ((center, per_row, []), 1, True),
-        (([], [], per_row), 2, True),
+        case = (x, sites, counts, geometry, activation, quantity, no_tp, 64)
+        *sums, pairs = room["tables"].launch_sum_instances(*case)
+    per_row, health = torch.zeros((4, 20), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    owned, numbers = torch.zeros((4, 20, 2), dtype=torch.int64), [0.0] * NUMBERS
+    for given, *average in (
+        ((None, None, None), BY_INSTANCE, False),
+        ((owned, per_row, None), BY_MEAN, True),
+        ((None, None, per_row), BY_SUM, True),
     ):
-        case = (
-            *tables,
-            torch.zeros((2, 3), dtype=torch.float64),
-            torch.zeros((), dtype=torch.float64),
-            geometry,
-            geometry,
-        )
-        _, *slopes = room["terms"].launch_terms(*case, *(counts,) * 3, *given, [0.0] * NUMBERS, reduction, rates)
+        case = (*sums, sums[1], health, counts, geometry, *given, numbers, *average)
+        _, *slopes = room["terms"].launch_terms(*case)
     for masses, values in ((True, True), (False, False)):
-        grads = room["terms"].launch_terms_backward(
-            torch.zeros(7, dtype=torch.float64), *slopes, *(counts,) * 3, masses, values
-        )
+        grads = room["terms"].launch_terms_backward(per_row[0, :7], *slopes, counts, masses, values)
     for dtype, label_dtype, activation, threshold, *pixel in ACTIVATIONS:
         volumes = torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=label_dtype)
-        room["activation"].launch_activate(*volumes, activation, threshold, *pixel)
+        room["instances"].launch_find(
+            *volumes, None, activation, threshold, *pixel, 0, 0, 50 * (dtype == torch.float32), 50.0, 20
+        )
         for quantity, no_tp in ((4, True), (3, False)):
             case = (*volumes, sites, pairs, counts, activation, quantity, no_tp, *pixel)
             room["tables"].launch_sum_instances_backward(*grads, *case)
