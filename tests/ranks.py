@@ -161,3 +161,10 @@ def steps_with_an_empty_rank(rank, device):
             finite = all(bool(grad.isfinite().all()) for grad in gradients(network))
             seen[name, lacking] = value.item(), value.requires_grad, finite
     return seen, [parameter.detach().cpu() for parameter in network.parameters()]
+
+
+def run_recipe(rank, block):
+    """Run a block of docs/recipes.md; the gradients of its network, and how many voxels its labels have."""
+    variables = {"__name__": "__main__"}
+    exec(block, variables)
+    return gradients(variables["network"]), variables["labels"].sum().item()

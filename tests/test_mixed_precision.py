@@ -96,7 +96,7 @@ def test_scaled_gradients_stay_finite_where_they_are_largest(device, dtype):
 
 
 def test_scaled_gradients_of_half_probabilities_overflow_and_widened_ones_do_not(device):
-    """What docs/recipes.md says of activation="none": Dice of one voxel has the derivative 2, and 2 * 65536 overflows."""
+    """What docs/recipes.md says of activation="none": Dice of one voxel has a derivative of 2; 2 * 65536 overflows."""
     logits = torch.full((1, 1, 7, 7, 7), -8.0, device=device, dtype=torch.float16)
     labels = torch.zeros_like(logits)
     labels[..., 1, 1, 1] = 1

@@ -1,4 +1,4 @@
-"""MONAI around the losses: its trainer with MetaTensor batches and mixed precision, deep supervision, bundle configs."""
+"""MONAI around the losses: its trainer with MetaTensor batches and half precision, deep supervision, bundles."""
 
 import json
 

@@ -284,6 +284,7 @@ class WeightedSum(_Loss):
         **weights: one finite number a term name; terms left out keep their default.
 
     Attributes:
+        weights: the weight of every term by name; may be changed between calls.
         terms: the detached terms of the last call by name, on their device; empty before the first.
 
     Raises:
