@@ -185,6 +185,20 @@ def test_compiles_for_several_shapes(dynamic):
         torch.testing.assert_close(compiled(outputs, labels), loss(outputs, labels))
 
 
+def test_weights_that_change_are_not_compiled_each_time():
+    """Once more when a term joins in, not for every value on its way up."""
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    outputs, labels = batch()
+    loss = WeightedSum(InstanceLoss(rate_instead_number=True))
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for epoch in range(12):
+        loss.weights["center"] = 0.02 * epoch
+        torch.testing.assert_close(compiled(outputs, labels), loss(outputs, labels))
+        assert ("center" in loss.terms) == (epoch > 0)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+
+
 def test_slow_criterion_still_runs_compiled():
     torch.compiler.reset()
     with pytest.warns(UserWarning, match="no fused form"):

@@ -195,6 +195,15 @@ class TestWeightedSum:
                 (grad,) = torch.autograd.grad(total, outputs, retain_graph=True)
                 assert torch.isfinite(grad).all()
 
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_no_term_is_a_plain_zero(self, backend, dtype):
+        """In float32 like any sum of terms, although the outputs are too large for a sum of their own."""
+        outputs = torch.full((1, 1, 8, 8, 8), 6e4, device=backend, dtype=dtype, requires_grad=True)
+        total = WeightedSum(InstanceLoss(), **dict.fromkeys(TERMS, 0.0))(MetaTensor(outputs), torch.zeros_like(outputs))
+        assert (type(total), total.dtype, total.item()) == (torch.Tensor, torch.float32, 0)
+        (grad,) = torch.autograd.grad(total, outputs)
+        assert not grad.any()
+
     def test_bad_weights(self):
         with pytest.raises(ValueError, match=r"the name of a weight must be one of 'pixel', .*, got 'centre'"):
             WeightedSum(InstanceLoss(), centre=1.0)

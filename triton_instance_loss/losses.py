@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.modules.loss import _Loss
 
 from . import checks, criteria
+from .activation import unwrap, widen
 from .functional import Criterion, evaluate_terms
 from .options import NAMES, Options
 
@@ -281,6 +282,7 @@ class WeightedSum(_Loss):
         **weights: one finite number a term name; terms left out keep their default.
 
     Attributes:
+        weights: the weight of every term by name; may be changed between calls.
         terms: the detached terms of the last call by name, on their device; empty before the first.
 
     Raises:
@@ -318,10 +320,9 @@ class WeightedSum(_Loss):
         values = self.loss.evaluate(outputs, labels, cc_label_batch, used)
         self.terms = {name: value.detach() for name, value in values.items()}
         weighted = [self.weights[name] * value for name, value in values.items()]
-        total = torch.stack(weighted).sum() if weighted else outputs.new_zeros(())
-        if outputs.requires_grad and not total.requires_grad:
-            total = total + 0.0 * outputs.sum()
-        return total
+        if not weighted or (outputs.requires_grad and not any(value.requires_grad for value in weighted)):
+            weighted.append((0.0 * widen(unwrap(outputs))).sum())
+        return torch.stack(weighted).sum()
 
     def extra_repr(self) -> str:
         """The weights, for `print(loss)`."""
