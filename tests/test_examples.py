@@ -150,6 +150,62 @@ def test_readme_figure(tmp_path):
     assert matplotlib.image.imread(tmp_path / "figure.png").shape[1] >= 1200
 
 
+def test_gradients_figure(run_here, tmp_path):
+    printed_by(run_here("gradients_figure.py", "figure.png"))
+    assert_picture(tmp_path / "figure.png", least=700)
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_train_synthetic(run_here, tmp_path, dims):
+    printed = printed_by(run_here("train_synthetic.py", "--quick", "--dims", dims, "--seeds", 2, "--out", "trained"))
+    results = json.loads((tmp_path / "trained" / "results.json").read_text())
+    for picture in ("training.png", "training_example.png"):
+        assert_picture(tmp_path / "trained" / picture)
+    setting, runs = results["setting"], results["runs"]
+    assert (setting["dims"], setting["steps"]) == (dims, 4)
+    assert {"torch", "monai"} <= set(results["versions"])
+    arms = list(dict.fromkeys(run["arm"] for run in runs))
+    assert [run["arm"] for run in runs] == 2 * arms[:-1] + arms[-1:]  # two runs make one pair
+    for run in runs:
+        assert run["labels_by_size"] == runs[0]["labels_by_size"]
+        assert run["recall"] == pytest.approx(sum(run["found_by_size"]) / sum(run["labels_by_size"]), abs=1e-4)
+        assert run["false_per_image"] == pytest.approx(sum(run["false_by_size"]) / setting["test_images"], abs=1e-4)
+    table = printed_by(run_here("train_synthetic.py", "--table", "trained/results.json"))
+    for arm in arms:
+        assert arm in printed
+        assert table.count(f"\n| {arm} |") + table.startswith(f"| {arm} |") == 2
+
+
+def test_train_synthetic_errors(run_here, tmp_path):
+    (tmp_path / "other.json").write_text("{}")
+    for arguments, words in (
+        (("--seeds", 0), ("--seeds", "at least 1", "0")),
+        (("--dims", 4), ("--dims", "4")),
+        (("--out", "nowhere/trained"), ("--out", "nowhere")),
+        (("--table", "other.json"), ("--table", "no results", "other.json")),
+    ):
+        assert_fails(run_here("train_synthetic.py", *arguments), "train_synthetic.py", words)
+
+
+def test_scores_of_a_drawn_image(monkeypatch):
+    """Three lesions: one found well, one by a dot, one not; and one false output of 3 x 3."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    from train_report import score
+
+    truth, output = np.zeros((2, 1, 30, 30), dtype=bool)
+    truth[0, 2:6, 2:6] = truth[0, 12:14, 12:14] = truth[0, 20:28, 20:28] = True
+    output[0, 2:6, 3:7] = output[0, 20, 20] = output[0, 2:5, 20:23] = True
+    scores = score(output, truth)
+    assert scores["dice"] == pytest.approx(2 * 13 / (84 + 26), abs=1e-4)
+    assert (scores["recall"], scores["false_per_image"]) == (pytest.approx(2 / 3, abs=1e-4), 1)
+    assert scores["f1"] == pytest.approx(2 / 3, abs=1e-4)
+    assert scores["strict_f1"] == pytest.approx(2 / 6, abs=1e-4)
+    assert scores["labels_by_size"] == [1, 1, 0, 1]
+    assert scores["found_by_size"] == [0, 1, 0, 1]
+    assert scores["outputs_by_size"] == [1, 2, 0, 0]
+    assert scores["false_by_size"] == [0, 1, 0, 0]
+
+
 def test_inspect_json_holds_terms_and_instances(drawn, tmp_path):
     document = json.loads(
         printed_by(run_program("inspect_nifti.py", *drawn, "--json", "--png", "slices.png", cwd=tmp_path))

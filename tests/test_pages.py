@@ -1,0 +1,87 @@
+"""What docs/gradients.md says of the gradients holds, and each row of docs/differences.md does what it says."""
+
+import doctest
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+
+from triton_instance_loss import InstanceLoss
+
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs" / "differences.md").read_text()
+INSTANCE_TERMS = {"instance_label", "instance_output", "proximity"}
+NO_DERIVATIVE = {"center", "false_instances", "missed_instances"}
+
+
+@pytest.fixture
+def figure(monkeypatch):
+    """What is in examples/gradients_figure.py."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    return runpy.run_path(str(ROOT / "examples" / "gradients_figure.py"))
+
+
+def at(figure, place):
+    """The middle of a situation of the picture."""
+    return 9, figure["PLACES"][place]
+
+
+def test_published_gradients(figure):
+    """With sigmoid the pixel term's alone; with probabilities those of the instance terms, inside outputs only."""
+    modes = figure["MODES"]
+    nothing = {n for n, g in figure["gradients"](**modes['published, "sigmoid"']).items() if not g.any()}
+    assert nothing == INSTANCE_TERMS | NO_DERIVATIVE
+    soft = figure["gradients"](**modes['published, "none"'])
+    assert {name for name, gradient in soft.items() if not gradient.any()} == NO_DERIVATIVE
+    outputs = figure["discs"](figure["OUTPUTS"])[0, 0] == 1
+    for name in INSTANCE_TERMS:
+        assert not soft[name][~outputs].any()
+        assert abs(soft[name][at(figure, "false")]) < 1e-9
+
+
+def test_surrogate_gradients_of_a_missed_label_and_a_false_output(figure):
+    """-1 / |L| on the missed label, +1 / |O| on the false output, divided as the rates are, and 0 elsewhere."""
+    logits, labels = figure["scene"]()
+    for rates, divisors in ((False, (1, 1)), (True, (4, 3))):
+        a = logits.sigmoid().requires_grad_()
+        loss = InstanceLoss(spatial_dims=2, activation="none", rate_instead_number=rates, max_cc_out=2)
+        terms = loss(a, labels)
+        missed, false = figure["discs"](figure["LABELS"][1:2]), figure["discs"](figure["OUTPUTS"][1:2])
+        for term, where, sign, divisor in (
+            (terms.missed_instances, missed, -1, divisors[0]),
+            (terms.false_instances, false, 1, divisors[1]),
+        ):
+            (gradient,) = torch.autograd.grad(term, a, retain_graph=True)
+            torch.testing.assert_close(gradient, sign * where / where.sum() / divisor)
+
+
+def test_surrogate_gradients_in_the_situations(figure):
+    here = figure["gradients"](**figure["MODES"]['here, "sigmoid"'])
+    assert all(gradient.any() for gradient in here.values())
+    overlap, spill, uncovered = (9, 9), (13, 11), (4, 7)
+    larger, bridge, smaller = (9, 43), at(figure, "merged pair"), (9, 51)
+    for name in ("instance_label", "instance_output"):
+        gradient = here[name]
+        assert gradient[overlap] < 0 < gradient[spill]
+        assert gradient[uncovered] == gradient[at(figure, "missed")] == 0
+        assert gradient[larger] < 0 < gradient[bridge]
+    assert here["instance_label"][smaller] < 2 * here["instance_label"][larger]
+    # The box of the merged output meets one of a label, so all of the output is raised; the false one's meets none.
+    assert here["center"][bridge] == pytest.approx(here["center"][larger].item()) != 0
+    assert here["center"][bridge] < 0 < here["center"][at(figure, "false")]
+    assert not here["center"][figure["discs"](figure["OUTPUTS"])[0, 0] == 0].any()
+
+
+def test_each_row_of_the_differences():
+    """Every row has its block; what a block prints is what the page says."""
+    rows = re.findall(r"^\| (\d+) \|", PAGE, re.M)
+    shown = re.findall(r"^(\d+) .+\n\n```pycon$", PAGE, re.M)
+    assert rows == shown == [str(number + 1) for number in range(len(rows))]
+    blocks = "\n".join(re.findall(r"^```pycon\n(.*?)^```", PAGE, re.M | re.S))
+    test = doctest.DocTestParser().get_doctest(blocks, {}, "docs/differences.md", None, None)
+    printed = []
+    failed, tried = doctest.DocTestRunner().run(test, out=printed.append)
+    assert tried > len(rows)
+    assert not failed, "".join(printed)
