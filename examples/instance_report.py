@@ -209,10 +209,10 @@ def steps() -> Progress:
     return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
-def stdout_console() -> Console:
+def stdout_console(width: int = 110) -> Console:
     """Rich on stdout, wide enough for the tables where it is no terminal."""
     console = Console()
-    return console if console.is_terminal else Console(width=110)
+    return console if console.is_terminal else Console(width=width)
 
 
 def by_term(terms: Any) -> dict[str, float]:

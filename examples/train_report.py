@@ -27,6 +27,8 @@ OVERALL = {
     "recall": "recall",
     "false_per_image": "false an image",
 }
+AT = 0.2  # false outputs an image at which runs are compared, whatever the threshold
+THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)  # below, outputs may run together into one
 # Okabe and Ito's colours, which colour-blind readers tell apart.
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#56B4E9", "#009E73", "#CC79A7", "#999999")
 
@@ -52,8 +54,9 @@ def score(outputs: NDArray[np.bool_], truth: NDArray[np.bool_]) -> Results:
     for output, label in zip(outputs, truth, strict=True):
         out, number_out = ndimage.label(output, neighbours)
         lab, number_lab = ndimage.label(label, neighbours)
-        overlaps = np.zeros((number_lab + 1, number_out + 1), dtype=int)
-        np.add.at(overlaps, (lab.ravel(), out.ravel()), 1)
+        table = (number_lab + 1, number_out + 1)
+        both = np.ravel_multi_index((lab.ravel(), out.ravel()), table)
+        overlaps = np.bincount(both, minlength=table[0] * table[1]).reshape(table)
         size_lab, size_out = overlaps.sum(1)[1:], overlaps.sum(0)[1:]
         overlaps = overlaps[1:, 1:]
         dice.append(2 * overlaps.sum() / max(size_lab.sum() + size_out.sum(), 1))
@@ -75,6 +78,21 @@ def score(outputs: NDArray[np.bool_], truth: NDArray[np.bool_]) -> Results:
         "false_per_image": round(false / len(truth), 4),
         **{f"{name}_by_size": count.tolist() for name, count in counts.items()},
     }
+
+
+def curve(probabilities: NDArray[np.float32], truth: NDArray[np.bool_]) -> list[Results]:
+    """Recall and false outputs an image at each of `THRESHOLDS`."""
+    points = []
+    for threshold in THRESHOLDS:
+        scores = score(probabilities >= threshold, truth)
+        points.append({"threshold": threshold} | {name: scores[name] for name in ("recall", "false_per_image")})
+    return points
+
+
+def recall_at(points: list[Results], false: float) -> float:
+    """Recall where a run has so many false outputs an image, between thresholds in a straight line."""
+    places = sorted((point["false_per_image"], point["recall"]) for point in points)
+    return float(np.interp(false, *zip(*places, strict=True), left=np.nan))
 
 
 def surroundings() -> Results:
@@ -125,13 +143,14 @@ def false_outputs(runs: list[Results], images: int) -> list[float]:
 
 def tables(results: Results) -> list[list[list[str]]]:
     """Two tables, each a list of rows of which the first is the head: overall, and by size."""
-    overall = [["trained with", *OVERALL.values()]]
+    overall = [["trained with", *OVERALL.values(), f"recall at {AT} false"]]
     head = [f"{what} {name}" for what in ("recall", "false") for name in CLASSES]
     by_size = [["by radius", *head]]
     for arm, runs in by_arm(results).items():
         cells = []
-        for name in OVERALL:
-            values = [run[name] for run in runs]
+        columns = [[run[name] for run in runs] for name in OVERALL]
+        columns.append([recall_at(run["curve"], AT) for run in runs])
+        for values in columns:
             cells.append(f"{mean(values):.3f} ({min(values):.3f}..{max(values):.3f})")
         overall.append([arm, *cells])
         sizes = [f"{value:.2f}" for value in recalls(runs) + false_outputs(runs, results["setting"]["test_images"])]
@@ -176,31 +195,38 @@ def print_tables(console: Console, results: Results) -> None:
 
 
 def draw_scores(path: Path, results: Results) -> None:
-    """Lesion F1 and false outputs of every run, recall and false outputs by size."""
+    """Scores of every run, recall against false outputs as the threshold moves, and both by size."""
     arms = by_arm(results)
-    figure = Figure(figsize=(13, 4.2), dpi=110, layout="constrained")
-    scores, recall, false = figure.subplots(1, 3)
+    figure = Figure(figsize=(11, 7.6), dpi=100, layout="constrained")
+    scores, trade, recall, false = figure.subplots(2, 2).ravel()
+    names = ("dice", "f1", "strict_f1", "recall")
+    places = range(len(CLASSES))
+    width, furthest = 0.8 / len(arms), 0.01
     for number, (arm, runs) in enumerate(arms.items()):
-        colour = COLOURS[number]
-        for column, name in enumerate(("dice", "f1", "strict_f1", "recall")):
+        style: dict[str, Any] = {"color": COLOURS[number], "markersize": 4, "linewidth": 1.2}
+        shift = (number - len(arms) / 2 + 0.5) * width
+        for column, name in enumerate(names):
             values = [run[name] for run in runs]
-            at = [column + (number - 3) * 0.11] * len(values)
-            scores.plot(at, values, "o", color=colour, markersize=4, label=arm if column == 0 else None)
-        places = range(len(CLASSES))
-        recall.plot(places, recalls(runs), "o-", color=colour, markersize=4, linewidth=1.2)
-        images = results["setting"]["test_images"]
-        width = 0.8 / len(arms)
-        left = [place + (number - len(arms) / 2 + 0.5) * width for place in places]
-        false.bar(left, false_outputs(runs, images), width, color=colour)
-    scores.set_xticks(range(4), [OVERALL[name] for name in ("dice", "f1", "strict_f1", "recall")], fontsize=9)
+            scores.plot([column + shift] * len(values), values, "o", label=None if column else arm, **style)
+        x, y = (np.mean([[p[name] for p in run["curve"]] for run in runs], 0) for name in ("false_per_image", "recall"))
+        trade.plot(x, y, "-", **style)
+        half = THRESHOLDS.index(0.5)
+        trade.plot(x[half], y[half], "o", **style)
+        furthest = max(furthest, 1.3 * x[half])
+        recall.plot(places, recalls(runs), "o-", **style)
+        at = [place + shift for place in places]
+        false.bar(at, false_outputs(runs, results["setting"]["test_images"]), width, color=COLOURS[number])
+    scores.set_xticks(range(len(names)), [OVERALL[name] for name in names], fontsize=9)
     scores.set_title("every seed a dot", fontsize=11)
+    trade.set(xlabel="false outputs an image", ylabel="recall", xlim=(0, furthest))
+    trade.set_title("moving the threshold; dots at 0.5", fontsize=11)
     for axes, title in (
         (recall, "recall, by radius of the lesion"),
         (false, "false outputs an image, by their radius"),
     ):
-        axes.set_xticks(range(len(CLASSES)), CLASSES, fontsize=9)
+        axes.set_xticks(places, CLASSES, fontsize=9)
         axes.set_title(title, fontsize=11)
-    for axes in (scores, recall, false):
+    for axes in (scores, trade, recall, false):
         axes.grid(axis="y", color="#DDDDDD", linewidth=0.6)
         axes.set_axisbelow(True)
     figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)

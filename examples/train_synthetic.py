@@ -12,6 +12,7 @@ import time
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from monai.networks.nets import UNet
 from numpy.typing import NDArray
 from rich.progress import Progress
 from scipy import ndimage
-from train_report import bars, draw_example, draw_scores, markdown, print_tables, score, surroundings
+from train_report import bars, curve, draw_example, draw_scores, markdown, print_tables, score, surroundings
 
 from triton_instance_loss import InstanceLoss, WeightedSum
 
@@ -123,6 +124,11 @@ def probabilities(network: torch.nn.Module, images: torch.Tensor) -> NDArray[np.
     return torch.cat([network(batch.to(device)).sigmoid()[:, 0].cpu() for batch in images.split(10)]).numpy()
 
 
+def scores(found: NDArray[np.float32], truth: NDArray[np.bool_]) -> dict[str, Any]:
+    """Everything at threshold 0.5, and recall against false outputs at the others."""
+    return score(found >= 0.5, truth) | {"curve": curve(found, truth)}
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Train every arm with every seed, score it on held-out images, and write down what came out."""
     parser = Parser(description="Dice alone against the instance-level losses on synthetic lesions.")
@@ -151,6 +157,7 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"--out: {error}")
 
     chosen = setting(given.dims, given.seeds, given.steps, given.quick)
+    where = surroundings()  # before training, while the code is what runs
     begin, used = time.perf_counter(), time.process_time()
     runs, pixels, example = [], [], {}
     with bars() as progress:
@@ -165,13 +172,13 @@ def main(arguments: list[str] | None = None) -> None:
                 progress.advance(everything)
             found[BOTH] = (found[MISSED] + found[FALSE]) / 2
             pixels.append(found[PIXEL])
-            runs += [{"arm": arm, "seed": seed} | score(found[arm] >= 0.5, truth) for arm in found]
+            runs += [{"arm": arm, "seed": seed} | scores(found[arm], truth) for arm in found]
             example = example or found
     for pair, (one, other) in enumerate(combinations(pixels, 2)):
-        runs.append({"arm": TWO_PIXELS, "pair": pair} | score((one + other) / 2 >= 0.5, truth))
+        runs.append({"arm": TWO_PIXELS, "pair": pair} | scores((one + other) / 2, truth))
     results = {
         "setting": vars(chosen),
-        **surroundings(),
+        **where,
         "seconds": round(time.perf_counter() - begin, 1),
         "processor_seconds": round(time.process_time() - used, 1),
         "runs": runs,
@@ -180,7 +187,7 @@ def main(arguments: list[str] | None = None) -> None:
     draw_scores(given.out / "training.png", results)
     outputs = {arm: found >= 0.5 for arm, found in example.items()}
     draw_example(given.out / "training_example.png", images[:, 0].numpy(), truth, outputs)
-    print_tables(stdout_console(), results)
+    print_tables(stdout_console(width=120), results)
 
 
 if __name__ == "__main__":
