@@ -40,13 +40,13 @@ $(VENV)/examples $(VENV)/test $(VENV)/dev: pyproject.toml
 	touch $@
 
 # nnU-Net imports torchvision, through timm, and needs none of it. PyPI has only CUDA builds of torchvision, whose operators
-# a CPU build of torch cannot load; 0.15 is the last version that can be imported without them (Python 3.11 at most).
+# a CPU build of torch cannot load; 0.16 is the last version that can be imported without them (Python 3.11 at most).
 $(NNUNET_VENV)/nnunet: pyproject.toml
 	test -x $(NNUNET_BIN)/python || $(PYTHON) -m venv $(NNUNET_VENV)
 	$(NNUNET_BIN)/python -m pip install --quiet --no-compile "$(TORCH)"
 	$(NNUNET_BIN)/python -m pip install --quiet --no-compile --editable ".[nnunet]" "$(TORCH)" pytest
 	$(NNUNET_BIN)/python -c "import torchvision" 2>/dev/null || \
-		$(NNUNET_BIN)/python -m pip install --quiet --no-compile --no-deps torchvision==0.15.2
+		$(NNUNET_BIN)/python -m pip install --quiet --no-compile --no-deps torchvision==0.16.2
 	touch $@
 
 clean:
