@@ -4,14 +4,14 @@ The centre of an instance is its mean coordinate, rounded up, in integers: c = (
 offset o of an axis its box covers [c - o - 1, c + o), clipped to the volume. A voxel in several boxes belongs to the
 largest row.
 
-1. `_paint_boxes_kernel` raises each voxel of a box to the row of the instance (atomic_max), once for outputs, once
-   for labels.
+1. `_paint_boxes_kernel` raises each voxel of a box to the row of the instance (atomic_max), in one map for the outputs
+   and one for the labels of each sample.
 2. `_count_boxes_kernel` walks over the same boxes and counts the voxels that still hold the row: outside and inside
    the boxes of the other side.
 
-A program takes one row after the other, up to the number of instances. Backward: none here; the terms use the counts.
-Deterministic: maxima and integers. Bytes a voxel: 4 zeroed for each map, besides which only voxels in boxes are
-touched.
+A program takes one row after the other, up to the number of kept outputs or of labels. Backward: none here; the terms
+use the counts. Deterministic: maxima and integers. Bytes a voxel: 4 zeroed for each map, besides which only voxels in
+boxes are touched.
 """
 
 import torch
@@ -56,9 +56,9 @@ def _step(lane, size_y, size_x, H, W):
 
 @triton.jit
 def _paint_boxes_kernel(
-    geometry_ptr,  # (B, capacity, 10) int64
-    counts_ptr,  # (B,) int32
-    owner_ptr,  # (B, D, H, W) int32
+    geometry_ptr,  # (2 B, capacity, 10) int64
+    used_ptr,  # (2 B,) int32
+    owner_ptr,  # (2 B, D, H, W) int32
     capacity,
     D,
     H,
@@ -68,11 +68,11 @@ def _paint_boxes_kernel(
     offset_x,
     BLOCK: tl.constexpr,
 ):
-    sample = tl.program_id(1).to(tl.int64)
-    owner_ptr += sample * D * H * W
-    rows = tl.minimum(tl.load(counts_ptr + sample), capacity)
+    side = tl.program_id(1).to(tl.int64)
+    owner_ptr += side * D * H * W
+    rows = tl.minimum(tl.load(used_ptr + side), capacity)
     for row in range(tl.program_id(0), rows, tl.num_programs(0)):
-        row_ptr = geometry_ptr + (sample * capacity + row) * COLUMNS
+        row_ptr = geometry_ptr + (side * capacity + row) * COLUMNS
         corner, size_y, size_x, size = _box(row_ptr, D, H, W, offset_z, offset_y, offset_x)
         for first in range(0, size, BLOCK):
             lane = first + tl.arange(0, BLOCK)
@@ -82,11 +82,10 @@ def _paint_boxes_kernel(
 
 @triton.jit
 def _count_boxes_kernel(
-    geometry_ptr,  # (B, capacity, 10) int64
-    counts_ptr,  # (B,) int32
-    owner_ptr,  # (B, D, H, W) int32, of the same side
-    other_ptr,  # (B, D, H, W) int32, of the other side
-    owned_ptr,  # (B, capacity, 2) int64
+    geometry_ptr,  # (2 B, capacity, 10) int64
+    used_ptr,  # (2 B,) int32
+    owner_ptr,  # (2 B, D, H, W) int32
+    owned_ptr,  # (2 B, capacity, 2) int64
     capacity,
     D,
     H,
@@ -96,12 +95,13 @@ def _count_boxes_kernel(
     offset_x,
     BLOCK: tl.constexpr,
 ):
-    sample = tl.program_id(1).to(tl.int64)
-    owner_ptr += sample * D * H * W
-    other_ptr += sample * D * H * W
-    rows = tl.minimum(tl.load(counts_ptr + sample), capacity)
+    sides = tl.num_programs(1)
+    side = tl.program_id(1).to(tl.int64)
+    other_ptr = owner_ptr + (side + sides // 2) % sides * D * H * W
+    owner_ptr += side * D * H * W
+    rows = tl.minimum(tl.load(used_ptr + side), capacity)
     for row in range(tl.program_id(0), rows, tl.num_programs(0)):
-        row_ptr = geometry_ptr + (sample * capacity + row) * COLUMNS
+        row_ptr = geometry_ptr + (side * capacity + row) * COLUMNS
         corner, size_y, size_x, size = _box(row_ptr, D, H, W, offset_z, offset_y, offset_x)
         outside = tl.zeros((BLOCK,), tl.int64)
         inside = tl.zeros((BLOCK,), tl.int64)
@@ -113,49 +113,36 @@ def _count_boxes_kernel(
             other = tl.load(other_ptr + voxel, mask=mine, other=0)
             outside += (mine & (other == 0)).to(tl.int64)
             inside += (mine & (other > 0)).to(tl.int64)
-        tl.store(owned_ptr + (sample * capacity + row) * 2, tl.sum(outside, axis=0))
-        tl.store(owned_ptr + (sample * capacity + row) * 2 + 1, tl.sum(inside, axis=0))
+        tl.store(owned_ptr + (side * capacity + row) * 2, tl.sum(outside, axis=0))
+        tl.store(owned_ptr + (side * capacity + row) * 2 + 1, tl.sum(inside, axis=0))
 
 
-def _paint(geometry: Tensor, counts: Tensor, shape: list[int], offsets: list[int]) -> Tensor:
-    """Largest row (from 1) whose centre box covers a voxel, (B, D, H, W) int32; 0 = none."""
-    batch, capacity, _ = geometry.shape
-    owner = torch.zeros((batch, *shape), dtype=torch.int32, device=geometry.device)
+def _paint(geometry: Tensor, used: Tensor, shape: list[int], offsets: list[int]) -> Tensor:
+    """Largest row (from 1) of each side whose centre box covers a voxel, (2 B, D, H, W) int32; 0 = none."""
+    sides, capacity, _ = geometry.shape
+    owner = torch.zeros((sides, *shape), dtype=torch.int32, device=geometry.device)
     if owner.numel() > 0 and capacity > 0:
         block = block_size(owner[0].numel(), BOX_BLOCK)
-        _paint_boxes_kernel[(table_programs(capacity), batch)](
-            geometry, counts, owner, capacity, *shape, *offsets, block
-        )
+        _paint_boxes_kernel[(table_programs(capacity), sides)](geometry, used, owner, capacity, *shape, *offsets, block)
     return owner
 
 
-def _count(
-    geometry: Tensor, counts: Tensor, owner: Tensor, other: Tensor, shape: list[int], offsets: list[int]
-) -> Tensor:
-    """Voxels each row owns outside [0] and inside [1] the boxes of the other side, (B, capacity, 2) int64."""
-    batch, capacity, _ = geometry.shape
-    owned = torch.zeros((batch, capacity, 2), dtype=torch.int64, device=geometry.device)
+def launch_center_overlaps(geometry: Tensor, counts: Tensor, shape: list[int], offsets: list[int]) -> Tensor:
+    """Voxels each row owns outside [0] and inside [1] the boxes of the other side, (2 B, capacity, 2) int64."""
+    (sides, capacity, _), used = geometry.shape, counts[ops.KEPT :].flatten()
+    owner = _paint(geometry, used, shape, offsets)
+    owned = torch.empty((sides, capacity, 2), dtype=torch.int64, device=geometry.device)
     if owner.numel() > 0 and capacity > 0:
         block = block_size(owner[0].numel(), BOX_BLOCK)
-        _count_boxes_kernel[(table_programs(capacity), batch)](
-            geometry, counts, owner, other, owned, capacity, *shape, *offsets, block
+        _count_boxes_kernel[(table_programs(capacity), sides)](
+            geometry, used, owner, owned, capacity, *shape, *offsets, block
         )
     return owned
 
 
-def launch_center_overlaps(
-    out_geometry: Tensor, lab_geometry: Tensor, kept: Tensor, num_labels: Tensor, shape: list[int], offsets: list[int]
-) -> tuple[Tensor, Tensor]:
-    """Voxels each kept output owns outside and inside label boxes, and voxels that are in label boxes only."""
-    out_owner = _paint(out_geometry, kept, shape, offsets)
-    lab_owner = _paint(lab_geometry, num_labels, shape, offsets)
-    owned = _count(out_geometry, kept, out_owner, lab_owner, shape, offsets)
-    alone = _count(lab_geometry, num_labels, lab_owner, out_owner, shape, offsets)
-    return owned, alone[..., 0].sum(dim=1)
-
-
 def launch_center_volumes(
-    out_geometry: Tensor, lab_geometry: Tensor, kept: Tensor, num_labels: Tensor, shape: list[int], offsets: list[int]
+    geometry: Tensor, counts: Tensor, shape: list[int], offsets: list[int]
 ) -> tuple[Tensor, Tensor]:
     """Owner of each voxel among the kept outputs' boxes, int32, and whether a label box covers it, bool."""
-    return _paint(out_geometry, kept, shape, offsets), _paint(lab_geometry, num_labels, shape, offsets) > 0
+    owner, covered = _paint(geometry, counts[ops.KEPT :].flatten(), shape, offsets).chunk(2)
+    return owner.clone(), covered > 0

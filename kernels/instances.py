@@ -4,10 +4,41 @@ Their *sites* are two volumes, each of the outputs' side first, then of the labe
 """
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
+from .. import ops
 from .activation import launch_activate
+from .blocks import block_size
 from .components import launch_find_instances, launch_number_instances
+
+OUTPUTS: tl.constexpr = tl.constexpr(ops.OUTPUTS)
+KEPT: tl.constexpr = tl.constexpr(ops.KEPT)
+LABELS: tl.constexpr = tl.constexpr(ops.LABELS)
+SAMPLES_BLOCK = 128
+
+
+@triton.jit
+def _keep_kernel(
+    found_ptr,  # (2 B,) int32: outputs, labels
+    counts_ptr,  # (3, B) int32: outputs, kept outputs, labels
+    B,
+    max_kept,  # 0: all
+    TOO_MANY: tl.constexpr,  # outputs for each label
+    BLOCK: tl.constexpr,
+):
+    sample = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    here = sample < B
+    outputs = tl.load(found_ptr + sample, mask=here, other=0)
+    labels = tl.load(found_ptr + B + sample, mask=here, other=0)
+    kept = tl.minimum(outputs, max_kept) if max_kept > 0 else outputs
+    # (a bare constant would be rounded to float32)
+    most = labels.to(tl.float64) * tl.full((BLOCK,), TOO_MANY, tl.float64)
+    kept = tl.where((labels > 0) & (outputs > most), 0, kept)
+    tl.store(counts_ptr + OUTPUTS * B + sample, outputs, mask=here)
+    tl.store(counts_ptr + KEPT * B + sample, kept, mask=here)
+    tl.store(counts_ptr + LABELS * B + sample, labels, mask=here)
 
 
 def launch_find(
@@ -20,19 +51,25 @@ def launch_find(
     pixel_quantity: int,
     num_iterations: int,
     min_size: int,
-    out_capacity: int,
-    lab_capacity: int,
-) -> tuple[list[Tensor], Tensor, Tensor, Tensor, list[Tensor]]:
-    """Sites, sums of the pixel term, health, and counts and geometry of both sides."""
+    max_kept: int,
+    too_many: float,
+    capacity: int,
+) -> tuple[list[Tensor], Tensor, Tensor, Tensor, Tensor]:
+    """Sites, sums of the pixel term, health, counts and geometry."""
     masks, sums, health = launch_activate(x, labels, activation, threshold, pixel, pixel_quantity)
+    batch = len(x)
     if ids is None:
         # One labelling for both sides.
-        rows, counts, geometry = launch_find_instances(masks, num_iterations, min_size, out_capacity)
-        return [masks, rows], sums, health, counts, [geometry]
-    out = launch_find_instances(masks[: len(x)], num_iterations, min_size, out_capacity)
-    lab = launch_number_instances(ids, min_size, lab_capacity)
-    rows, counts = (torch.cat(pair) for pair in zip(out[:2], lab[:2], strict=True))
-    return [masks, rows], sums, health, counts, [out[2], lab[2]]
+        rows, found, geometry = launch_find_instances(masks, num_iterations, min_size, capacity)
+    else:
+        out = launch_find_instances(masks[:batch], num_iterations, min_size, capacity)
+        lab = launch_number_instances(ids, min_size, capacity)
+        rows, found, geometry = (torch.cat(pair) for pair in zip(out, lab, strict=True))
+    counts = torch.empty((ops.COUNTS, batch), dtype=torch.int32, device=x.device)
+    if batch > 0:
+        block = block_size(batch, SAMPLES_BLOCK)
+        _keep_kernel[(triton.cdiv(batch, block),)](found, counts, batch, max_kept, too_many, block)
+    return [masks, rows], sums, health, counts, geometry
 
 
 def launch_row_maps(x: Tensor, sites: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:

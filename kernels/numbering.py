@@ -3,7 +3,8 @@
 1. `_tally_kernel`: how many voxels each id has, in a table by id (an id is at most the number of voxels). Without a
    smallest size it is enough to know that there is one, a plain store.
 2. A running count of the tallies that are large enough (`torch.cumsum`) gives each id its row.
-3. `_geometry_kernel`: each voxel looks its row up, and the block adds up size, coordinates and bounds of the
+3. `_begin_kernel`: the number of instances of each sample, and their lines as they are before any voxel is added.
+4. `_geometry_kernel`: each voxel looks its row up, and the block adds up size, coordinates and bounds of the
    instances in it.
 
 A large instance is one address, on which atomics of single voxels would queue. So a block first adds up by itself:
@@ -19,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import ops
-from .blocks import block_size, coordinates
+from .blocks import block_size, coordinates, table_programs
 
 COLUMNS: tl.constexpr = tl.constexpr(ops.GEOMETRY_COLUMNS)
 SIZE: tl.constexpr = tl.constexpr(ops.SIZE)
@@ -29,6 +30,7 @@ HIGHS: tl.constexpr = tl.constexpr(ops.HIGHS.start)
 # One warp reduces without barriers; 8 voxels a thread share the cost of the loop.
 REDUCE_BLOCK, REDUCE_WARPS = 256, 1
 FARTHEST: tl.constexpr = tl.constexpr(2**31 - 1)
+ROWS_BLOCK = 128
 
 
 @triton.jit
@@ -62,6 +64,29 @@ def _tally_kernel(
             id = tl.where(here, 0, id)
     else:
         tl.store(tallies_ptr + id, 1, mask=id > 0)
+
+
+@triton.jit
+def _begin_kernel(
+    ranks_ptr,  # (B, V) int32: large enough ids up to this one, those of earlier samples included
+    counts_ptr,  # (B,) int32
+    geometry_ptr,  # (B, capacity, 10) int64
+    V,
+    capacity,
+    BLOCK: tl.constexpr,
+):
+    sample = tl.program_id(1).to(tl.int64)
+    ranks_ptr += (sample + 1) * V - 1
+    count = tl.load(ranks_ptr) - tl.load(ranks_ptr - V, mask=sample > 0, other=0)
+    if tl.program_id(0) == 0:
+        tl.store(counts_ptr + sample, count)
+    rows = tl.minimum(count, capacity)
+    for first in range(tl.program_id(0) * BLOCK, rows, tl.num_programs(0) * BLOCK):
+        row = first + tl.arange(0, BLOCK)
+        row_ptr = geometry_ptr + (sample * capacity + row) * COLUMNS
+        for column in tl.static_range(COLUMNS):
+            start = FARTHEST if (column >= LOWS) & (column < HIGHS) else (-1 if column >= HIGHS else 0)
+            tl.store(row_ptr + column, tl.full((BLOCK,), start, tl.int64), mask=row < rows)
 
 
 @triton.jit
@@ -110,20 +135,22 @@ def number(ids: Tensor, min_size: int, capacity: int) -> tuple[Tensor, Tensor, T
     batch, depth, height, width = ids.shape
     num_voxels = depth * height * width
     rows = torch.empty_like(ids)
-    geometry = torch.zeros((batch, capacity, ops.GEOMETRY_COLUMNS), dtype=torch.int64, device=ids.device)
-    geometry[..., ops.LOWS].fill_(2**31 - 1)
-    geometry[..., ops.HIGHS].fill_(-1)
+    counts = torch.empty(batch, dtype=torch.int32, device=ids.device)
+    geometry = torch.empty((batch, capacity, ops.GEOMETRY_COLUMNS), dtype=torch.int64, device=ids.device)
     if ids.numel() == 0:
-        return rows, torch.zeros(batch, dtype=torch.int32, device=ids.device), geometry
+        return rows, counts.zero_(), geometry
     block = block_size(num_voxels, REDUCE_BLOCK)
     grid = (triton.cdiv(num_voxels, block), batch)
     tallies = torch.zeros_like(ids)
     _tally_kernel[grid](ids, tallies, num_voxels, min_size > 0, block, num_warps=REDUCE_WARPS)
     # One flat cumsum: along the last axis of a few long rows, torch's runs on a few threads.
     ranks = (tallies > min_size).flatten().cumsum(0, dtype=torch.int32)
+    block_of_rows = block_size(capacity, ROWS_BLOCK)
+    _begin_kernel[(table_programs(triton.cdiv(capacity, block_of_rows)), batch)](
+        ranks, counts, geometry, num_voxels, capacity, block_of_rows
+    )
     _geometry_kernel[grid](
         ids, tallies, ranks, rows, geometry,
         num_voxels, height, width, min_size, capacity, block, num_warps=REDUCE_WARPS,
     )  # fmt: skip
-    ends = ranks.view(batch, num_voxels)[:, -1]
-    return rows, torch.diff(ends, prepend=ends.new_zeros(1)), geometry
+    return rows, counts, geometry

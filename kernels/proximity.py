@@ -8,7 +8,7 @@ diag the diagonal of the smallest box around both,
 
 A side without instances is one box [q - 1, q + 1), q = dim // 2, in the middle. A program takes one row of a side
 after the other and goes over the rows of the other side in blocks, up to the counts, which only the device knows.
-DIoU is symmetric to the last bit as computed here, so one kernel serves both sides.
+DIoU is symmetric to the last bit as computed here, so one launch serves both sides.
 
 Backward: none, DIoU is a constant. Deterministic: minima. Bytes a voxel: none; 48 for each row and each row it is
 compared with.
@@ -51,67 +51,54 @@ def _compare_side(low, high, other_low, other_high):
 
 @triton.jit
 def _smallest_diou_kernel(
-    geometry_ptr,  # (B, capacity, 10) int64
-    other_geometry_ptr,  # (B, other_capacity, 10) int64
-    counts_ptr,  # (B,) int32
-    other_counts_ptr,  # (B,) int32
-    minima_ptr,  # (B, capacity) float64
+    geometry_ptr,  # (2 B, capacity, 10) int64
+    used_ptr,  # (2 B,) int32
+    minima_ptr,  # (2 B, capacity) float64
     capacity,
-    other_capacity,
     D,
     H,
     W,
     PLANAR: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    sample = tl.program_id(1).to(tl.int64)
+    sides = tl.num_programs(1)
+    side = tl.program_id(1).to(tl.int64)
+    other_side = (side + sides // 2) % sides
     epsilon = tl.full((BLOCK,), 1e-7, tl.float64)  # a bare 1e-7 would be rounded to float32
-    count = tl.minimum(tl.load(counts_ptr + sample), capacity)
-    other_count = tl.minimum(tl.load(other_counts_ptr + sample), other_capacity)
+    count = tl.minimum(tl.load(used_ptr + side), capacity)
+    other_count = tl.minimum(tl.load(used_ptr + other_side), capacity)
     for row in range(tl.program_id(0), tl.maximum(count, 1), tl.num_programs(0)):
-        row_ptr = geometry_ptr + (sample * capacity + row) * COLUMNS
+        row_ptr = geometry_ptr + (side * capacity + row) * COLUMNS
         smallest = tl.full((BLOCK,), float("inf"), tl.float64)
         for first in range(0, tl.maximum(other_count, 1), BLOCK):
             other = first + tl.arange(0, BLOCK)
             here = other < tl.maximum(other_count, 1)
-            other_ptr = other_geometry_ptr + (sample * other_capacity + other) * COLUMNS
+            other_ptr = geometry_ptr + (other_side * capacity + other) * COLUMNS
             volume, other_volume, shared = 1.0, 1.0, 1.0
             distance, around = 0.0, 0.0
             for axis in tl.static_range(PLANAR, 3):
                 dim = D if axis == 0 else (H if axis == 1 else W)
                 low, high = _box_side(row_ptr, row < count, dim, axis)
                 other_low, other_high = _box_side(other_ptr, other < other_count, dim, axis)
-                side, distance_side, around_side = _compare_side(low, high, other_low, other_high)
+                shared_side, distance_side, around_side = _compare_side(low, high, other_low, other_high)
                 volume *= high - low
                 other_volume *= other_high - other_low
-                shared *= side
+                shared *= shared_side
                 distance += distance_side
                 around += around_side
             diou = 1.0 - shared / (volume + other_volume - shared) + distance / (around + epsilon)
             smallest = tl.minimum(smallest, tl.where(here, diou, float("inf")))
-        tl.store(minima_ptr + sample * capacity + row, tl.min(smallest, axis=0))
+        tl.store(minima_ptr + side * capacity + row, tl.min(smallest, axis=0))
 
 
-def _smallest_diou(
-    geometry: Tensor, other_geometry: Tensor, counts: Tensor, other_counts: Tensor, shape: list[int], planar: bool
-) -> Tensor:
-    """For each row of one side, the smallest DIoU to a row of the other, (B, capacity) float64; 0 in unused rows."""
-    (batch, capacity, _), other_capacity = geometry.shape, other_geometry.shape[1]
-    minima = torch.zeros((batch, capacity), dtype=torch.float64, device=geometry.device)
-    if minima.numel() > 0:
-        block = block_size(other_capacity, OTHERS_BLOCK)
-        _smallest_diou_kernel[(table_programs(capacity), batch)](
-            geometry, other_geometry, counts, other_counts, minima, capacity, other_capacity, *shape,
-            int(planar), block, num_warps=OTHERS_WARPS,
-        )  # fmt: skip
-    return minima
-
-
-def launch_proximity_minima(
-    out_geometry: Tensor, lab_geometry: Tensor, kept: Tensor, num_labels: Tensor, shape: list[int], planar: bool
-) -> tuple[Tensor, Tensor]:
+def launch_proximity_minima(geometry: Tensor, counts: Tensor, shape: list[int], planar: bool) -> Tensor:
     """Smallest DIoU of each kept output to a label, and of each label to one; `planar` ignores the first axis."""
-    return (
-        _smallest_diou(out_geometry, lab_geometry, kept, num_labels, shape, planar),
-        _smallest_diou(lab_geometry, out_geometry, num_labels, kept, shape, planar),
-    )
+    sides, capacity, _ = geometry.shape
+    minima = torch.empty((sides, capacity), dtype=torch.float64, device=geometry.device)
+    if minima.numel() > 0:
+        used = counts[ops.KEPT :].flatten()
+        block = block_size(capacity, OTHERS_BLOCK)
+        _smallest_diou_kernel[(table_programs(capacity), sides)](
+            geometry, used, minima, capacity, *shape, int(planar), block, num_warps=OTHERS_WARPS
+        )
+    return minima

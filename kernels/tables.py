@@ -3,7 +3,7 @@
 At a voxel: a the activated output, y its label, o and l the rows of its output and label instance (0 = none), inside
 = (1 <= o <= kept), phi(a, w) the quantity of the criterion. Then (columns as in ops.py)
 
-    output o:  MASS a     INTERSECTION a [l > 0]     COST phi(a, [l > 0])     EXCESS e     OVERLAP [l > 0]
+    output o:  MASS a     INTERSECTION a [l > 0]     COST phi(a, [l > 0])     excess e           OVERLAP [l > 0]
     label l:   MASS a     INTERSECTION a [inside]    COST c [inside]          TOUCHED [o > 0]   OVERLAP [inside]
     sample:    a y, phi(a, y), y
 
@@ -11,17 +11,19 @@ with e = phi(a s, 0) [y = 0], s = a held constant, c = phi(a, 1); without no_tp 
 0). All voxels of a block with the same pair (o, l) go the same way, so the block adds up by pairs: while lanes
 remain, take the largest pair, reduce a, phi(a, 0), phi(a, 1) and e over its lanes, send scalar atomics to both rows,
 drop those lanes. If the pair touches, it goes into a hash table of one sample (linear probing; a slot is taken by
-compare-and-swap, never freed).
+compare-and-swap, never freed). A second kernel walks over that table: the size of the label is added to LABEL of the
+output, and the excess of the output to COST of the label.
 
 Backward, G the gradients of the tables, phi' the derivative in a:
 
-    da = G_o.MASS + G_o.INTERSECTION [l > 0] + G_o.COST phi'(a, [l > 0]) + G_o.EXCESS e'
+    da = G_o.MASS + G_o.INTERSECTION [l > 0] + G_o.COST phi'(a, [l > 0]) + E_o e'
        + G_l.MASS + [inside] (G_l.INTERSECTION + G_l.COST c') + G_s.0 y + G_s.1 phi'(a, y)
 
-with e' = phi'(a a, 0) a [y = 0], c' = phi'(a, 1); without no_tp e' = phi'(a, 0), c' = phi'(a, 1) - phi'(a, 0). It goes
-on to the volume x that was activated, together with that of the pixel term, du = G_p.0 w + G_p.1 phi'(u, w) for the
-u and w of activation.py and the pixel term's own phi. With s = p (1 - p), p = sigmoid(x), where the activation is a
-sigmoid, else s = 1:
+with e' = phi'(a a, 0) a [y = 0], c' = phi'(a, 1); without no_tp e' = phi'(a, 0), c' = phi'(a, 1) - phi'(a, 0), and
+E_o the sum of G_l.COST over the labels that o touches, by another walk over the hash table. It goes on to the volume x
+that was activated, together with that of the pixel term, du = G_p.0 w + G_p.1 phi'(u, w) for the u and w of
+activation.py and the pixel term's own phi. With s = p (1 - p), p = sigmoid(x), where the activation is a sigmoid, else
+s = 1:
 
     dx = da s + du s       if the pixel term sees the probability or the hard output,
     dx = da s + du         if it sees x itself; without du if it is not fused.
@@ -46,11 +48,15 @@ from .quantities import phi, phi_derivative, sum_where
 MASS: tl.constexpr = tl.constexpr(ops.MASS)
 INTERSECTION: tl.constexpr = tl.constexpr(ops.INTERSECTION)
 COST: tl.constexpr = tl.constexpr(ops.COST)
-EXCESS: tl.constexpr = tl.constexpr(ops.EXCESS)
+LABEL: tl.constexpr = tl.constexpr(ops.LABEL)
 TOUCHED: tl.constexpr = tl.constexpr(ops.TOUCHED)
 OVERLAP: tl.constexpr = tl.constexpr(ops.OVERLAP)
 COLUMNS: tl.constexpr = tl.constexpr(ops.SUMS_COLUMNS)
 SAMPLE_COLUMNS: tl.constexpr = tl.constexpr(ops.SAMPLE_COLUMNS)
+GRADIENT_COLUMNS: tl.constexpr = tl.constexpr(ops.GRADIENT_COLUMNS)
+SAMPLE_GRADIENT_COLUMNS: tl.constexpr = tl.constexpr(ops.SAMPLE_GRADIENT_COLUMNS)
+GEOMETRY_COLUMNS: tl.constexpr = tl.constexpr(ops.GEOMETRY_COLUMNS)
+SIZE: tl.constexpr = tl.constexpr(ops.SIZE)
 # One warp, for two reasons: it reduces without barriers, and all its threads see one slot of the hash table alike.
 SUMS_BLOCK, SUMS_WARPS = 256, 1
 THREADS: tl.constexpr = tl.constexpr(32 * SUMS_WARPS)
@@ -93,13 +99,13 @@ def _sum_instances_kernel(
     out_rows_ptr,  # (B, V) int32
     lab_rows_ptr,  # (B, V) int32
     kept_ptr,  # (B,) int32
-    out_sums_ptr,  # (B, out_capacity, 5) float64
-    lab_sums_ptr,  # (B, lab_capacity, 5) float64
+    out_sums_ptr,  # (B, capacity, 5) float64
+    lab_sums_ptr,  # (B, capacity, 5) float64
+    excess_ptr,  # (B, capacity) float64
     sample_sums_ptr,  # (B, programs, 3) float64
     pairs_ptr,  # (B, pair_capacity) int64
     V,
-    out_capacity,
-    lab_capacity,
+    capacity,
     pair_capacity,
     QUANTITY: tl.constexpr,
     NO_TP: tl.constexpr,
@@ -131,16 +137,16 @@ def _sum_instances_kernel(
         inside = (out > 0) & (out <= kept)
         count = sum_where(tl.zeros_like(a) + 1, here)
         mass, cost_0, cost_1 = sum_where(a, here), sum_where(phi_0, here), sum_where(phi_1, here)
-        if (out > 0) & (out <= out_capacity):
-            row_ptr = out_sums_ptr + (sample * out_capacity + out - 1) * COLUMNS
+        if (out > 0) & (out <= capacity):
+            row_ptr = out_sums_ptr + (sample * capacity + out - 1) * COLUMNS
             tl.atomic_add(row_ptr + MASS, mass, sem="relaxed")
             tl.atomic_add(row_ptr + COST, tl.where(lab > 0, cost_1, cost_0), sem="relaxed")
-            tl.atomic_add(row_ptr + EXCESS, sum_where(excess, here), sem="relaxed")
+            tl.atomic_add(excess_ptr + sample * capacity + out - 1, sum_where(excess, here), sem="relaxed")
             if lab > 0:
                 tl.atomic_add(row_ptr + INTERSECTION, mass, sem="relaxed")
                 tl.atomic_add(row_ptr + OVERLAP, count, sem="relaxed")
-        if (lab > 0) & (lab <= lab_capacity):
-            row_ptr = lab_sums_ptr + (sample * lab_capacity + lab - 1) * COLUMNS
+        if (lab > 0) & (lab <= capacity):
+            row_ptr = lab_sums_ptr + (sample * capacity + lab - 1) * COLUMNS
             tl.atomic_add(row_ptr + MASS, mass, sem="relaxed")
             if out > 0:
                 tl.atomic_add(row_ptr + TOUCHED, count, sem="relaxed")
@@ -154,10 +160,11 @@ def _sum_instances_kernel(
 
 @triton.jit
 def _sum_instances_backward_kernel(
-    grad_out_sums_ptr,  # (B, out_capacity, 5) float64
-    grad_lab_sums_ptr,  # (B, lab_capacity, 5) float64
-    grad_sample_sums_ptr,  # (B, 3) float64
-    grad_pixel_sums_ptr,  # (B, 3) float64
+    grad_out_sums_ptr,  # (B, capacity, 3) float64
+    grad_lab_sums_ptr,  # (B, capacity, 3) float64
+    grad_excess_ptr,  # (B, capacity) float64
+    grad_sample_sums_ptr,  # (B, 2) float64
+    grad_pixel_sums_ptr,  # (B, 2) float64
     x_ptr,  # (B, V) float32 or float64
     labels_ptr,  # (B, V) of any real dtype
     foreground_ptr,  # (B, V) bool
@@ -167,8 +174,7 @@ def _sum_instances_backward_kernel(
     kept_ptr,  # (B,) int32
     grad_x_ptr,  # (B, V), of the dtype of x
     V,
-    out_capacity,
-    lab_capacity,
+    capacity,
     QUANTITY: tl.constexpr,
     NO_TP: tl.constexpr,
     ACTIVATION: tl.constexpr,
@@ -189,27 +195,28 @@ def _sum_instances_backward_kernel(
     lab = tl.load(lab_rows_ptr + index, mask=in_volume, other=0)
     kept = tl.load(kept_ptr + sample)
 
-    in_out = (out > 0) & (out <= out_capacity)
-    in_lab = (lab > 0) & (lab <= lab_capacity)
+    in_out = (out > 0) & (out <= capacity)
+    in_lab = (lab > 0) & (lab <= capacity)
     inside = in_lab & (out > 0) & (out <= kept)
     on_label = (lab > 0).to(x.dtype)
     slope_0 = phi_derivative(a, tl.zeros_like(a), QUANTITY)
     slope_1 = phi_derivative(a, tl.zeros_like(a) + 1, QUANTITY)
     excess = tl.where(y > 0, 0.0, phi_derivative(a * a, tl.zeros_like(a), QUANTITY) * a) if NO_TP else slope_0
 
-    row_ptr = grad_out_sums_ptr + (sample * out_capacity + out - 1) * COLUMNS
+    row_ptr = grad_out_sums_ptr + (sample * capacity + out - 1) * GRADIENT_COLUMNS
     grad = tl.load(row_ptr + MASS, mask=in_out, other=0.0)
     grad += tl.load(row_ptr + INTERSECTION, mask=in_out & (lab > 0), other=0.0)
     grad += _times(tl.load(row_ptr + COST, mask=in_out, other=0.0), phi_derivative(a, on_label, QUANTITY), in_out)
-    grad += _times(tl.load(row_ptr + EXCESS, mask=in_out, other=0.0), excess, in_out)
+    grad_excess = tl.load(grad_excess_ptr + sample * capacity + out - 1, mask=in_out, other=0.0)
+    grad += _times(grad_excess, excess, in_out)
 
-    row_ptr = grad_lab_sums_ptr + (sample * lab_capacity + lab - 1) * COLUMNS
+    row_ptr = grad_lab_sums_ptr + (sample * capacity + lab - 1) * GRADIENT_COLUMNS
     grad += tl.load(row_ptr + MASS, mask=in_lab, other=0.0)
     grad += tl.load(row_ptr + INTERSECTION, mask=inside, other=0.0)
     slope = slope_1 if NO_TP else slope_1 - slope_0
     grad += _times(tl.load(row_ptr + COST, mask=inside, other=0.0), slope, inside)
 
-    row_ptr = grad_sample_sums_ptr + sample * SAMPLE_COLUMNS
+    row_ptr = grad_sample_sums_ptr + sample * SAMPLE_GRADIENT_COLUMNS
     grad += tl.load(row_ptr) * y.to(tl.float64)
     grad += tl.load(row_ptr + 1) * phi_derivative(a, y, QUANTITY).to(tl.float64)
 
@@ -217,7 +224,7 @@ def _sum_instances_backward_kernel(
     if PIXEL != NOT_FUSED:
         labels = tl.load(labels_ptr + index, mask=in_volume, other=0)
         u, w = seen_by_pixel(x, p, foreground, y, labels, PIXEL)
-        row_ptr = grad_pixel_sums_ptr + sample * SAMPLE_COLUMNS
+        row_ptr = grad_pixel_sums_ptr + sample * SAMPLE_GRADIENT_COLUMNS
         by_u = tl.load(row_ptr) * w.to(tl.float64)
         by_u += tl.load(row_ptr + 1) * phi_derivative(u, w, PIXEL_QUANTITY).to(tl.float64)
         if PIXEL != RAW:
@@ -230,103 +237,114 @@ def _sum_instances_backward_kernel(
 
 
 @triton.jit
-def _sum_neighbours_kernel(
-    values_ptr,  # (B, R) float64
-    pairs_ptr,  # (B, P) int64
-    sums_ptr,  # (B, capacity) float64
-    R,
-    P,
-    capacity,
-    TO_LABELS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+def _pair_of_slot(pairs_ptr, slots, capacity, BLOCK: tl.constexpr):
+    """Rows of an output and a label in the tables of all samples, counted from 0, and where there is such a pair."""
     slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     sample = tl.program_id(1).to(tl.int64)
-    pair = tl.load(pairs_ptr + sample * P + slot, mask=slot < P, other=0)
-    out, lab = pair >> 32, pair & 0xFFFFFFFF
-    source, target = (out, lab) if TO_LABELS else (lab, out)
-    here = (pair > 0) & (source <= R) & (target <= capacity)
-    value = tl.load(values_ptr + sample * R + source - 1, mask=here, other=0.0)
-    tl.atomic_add(sums_ptr + sample * capacity + target - 1, value, mask=here, sem="relaxed")
+    pair = tl.load(pairs_ptr + sample * slots + slot, mask=slot < slots, other=0)
+    return sample * capacity + (pair >> 32) - 1, sample * capacity + (pair & 0xFFFFFFFF) - 1, pair > 0
 
 
-def _sides(x: Tensor, sites: list[Tensor], activation: int) -> tuple[Tensor, ...]:
-    """The activated output, y and the two row maps, from sites (instances.py)."""
-    (foreground, y), (out_rows, lab_rows) = (site.chunk(2) for site in sites)
-    return x if activation == ops.NONE else foreground, y, out_rows, lab_rows
+@triton.jit
+def _sum_neighbours_kernel(
+    pairs_ptr,  # (B, slots) int64
+    lab_geometry_ptr,  # (B, capacity, 10) int64
+    excess_ptr,  # (B, capacity) float64
+    out_sums_ptr,  # (B, capacity, 5) float64
+    lab_sums_ptr,  # (B, capacity, 5) float64
+    slots,
+    capacity,
+    BLOCK: tl.constexpr,
+):
+    out, lab, here = _pair_of_slot(pairs_ptr, slots, capacity, BLOCK)
+    size = tl.load(lab_geometry_ptr + lab * GEOMETRY_COLUMNS + SIZE, mask=here, other=0)
+    tl.atomic_add(out_sums_ptr + out * COLUMNS + LABEL, size.to(tl.float64), mask=here, sem="relaxed")
+    excess = tl.load(excess_ptr + out, mask=here, other=0.0)
+    tl.atomic_add(lab_sums_ptr + lab * COLUMNS + COST, excess, mask=here, sem="relaxed")
+
+
+@triton.jit
+def _sum_neighbours_backward_kernel(
+    pairs_ptr,  # (B, slots) int64
+    grad_lab_sums_ptr,  # (B, capacity, 3) float64
+    grad_excess_ptr,  # (B, capacity) float64
+    slots,
+    capacity,
+    BLOCK: tl.constexpr,
+):
+    out, lab, here = _pair_of_slot(pairs_ptr, slots, capacity, BLOCK)
+    grad = tl.load(grad_lab_sums_ptr + lab * GRADIENT_COLUMNS + COST, mask=here, other=0.0)
+    tl.atomic_add(grad_excess_ptr + out, grad, mask=here, sem="relaxed")
 
 
 def launch_sum_instances(
     x: Tensor,
     sites: list[Tensor],
-    kept: Tensor,
+    counts: Tensor,
+    geometry: Tensor,
     activation: int,
     quantity: int,
     no_tp: bool,
-    out_capacity: int,
-    lab_capacity: int,
     pair_capacity: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Sums by output, by label and by sample, and the pairs that touch; `pair_capacity` is a power of two."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums by instance and by sample, and the pairs that touch; `pair_capacity` is a power of two."""
     if pair_capacity < 1 or pair_capacity & (pair_capacity - 1):
         raise ValueError(f"pair_capacity must be a power of two, got {pair_capacity}.")
-    a, y, out_rows, lab_rows = _sides(x, sites, activation)
-    batch, num_voxels = a.shape[0], a[0].numel() if a.shape[0] else 0
-    out_sums = torch.zeros((batch, out_capacity, ops.SUMS_COLUMNS), dtype=torch.float64, device=a.device)
-    lab_sums = torch.zeros((batch, lab_capacity, ops.SUMS_COLUMNS), dtype=torch.float64, device=a.device)
+    (foreground, y), (out_rows, lab_rows) = (site.chunk(2) for site in sites)
+    a = x if activation == ops.NONE else foreground
+    batch, capacity = len(x), geometry.shape[1]
+    num_voxels = a[0].numel() if batch else 0
+    sums = torch.zeros((2 * batch, capacity, ops.SUMS_COLUMNS), dtype=torch.float64, device=a.device)
+    excess = torch.zeros((batch, capacity), dtype=torch.float64, device=a.device)
     pairs = torch.zeros((batch, pair_capacity), dtype=torch.int64, device=a.device)
     block = block_size(num_voxels, SUMS_BLOCK)
     programs = triton.cdiv(num_voxels, block)
     sample_sums = torch.empty((batch, programs, ops.SAMPLE_COLUMNS), dtype=torch.float64, device=a.device)
     if a.numel() > 0:
         precision = tl.float64 if a.dtype == torch.float64 else tl.float32
+        out_sums, lab_sums = sums.chunk(2)
         _sum_instances_kernel[(programs, batch)](
-            a, y, out_rows, lab_rows, kept, out_sums, lab_sums, sample_sums, pairs,
-            num_voxels, out_capacity, lab_capacity, pair_capacity,
-            quantity, no_tp, precision, block, num_warps=SUMS_WARPS,
+            a, y, out_rows, lab_rows, counts[ops.KEPT], out_sums, lab_sums, excess, sample_sums, pairs,
+            num_voxels, capacity, pair_capacity, quantity, no_tp, precision, block, num_warps=SUMS_WARPS,
         )  # fmt: skip
-    return out_sums, lab_sums, sample_sums.sum(dim=1), pairs
+        block = block_size(pair_capacity, PAIRS_BLOCK)
+        _sum_neighbours_kernel[(triton.cdiv(pair_capacity, block), batch)](
+            pairs, geometry[batch:], excess, out_sums, lab_sums, pair_capacity, capacity, block
+        )
+    return sums, sample_sums.sum(dim=1), pairs
 
 
 def launch_sum_instances_backward(
-    grad_out_sums: Tensor,
-    grad_lab_sums: Tensor,
+    grad_sums: Tensor,
     grad_sample_sums: Tensor,
     grad_pixel_sums: Tensor,
     x: Tensor,
     labels: Tensor,
     sites: list[Tensor],
-    kept: Tensor,
+    pairs: Tensor,
+    counts: Tensor,
     activation: int,
     quantity: int,
     no_tp: bool,
     pixel: int,
     pixel_quantity: int,
 ) -> Tensor:
-    """Gradient of `x` from the gradients of the three tables of sums and of the sums of the pixel term."""
+    """Gradient of `x` from the gradients of the sums by instance and by sample, and of those of the pixel term."""
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel() == 0:
         return grad_x
-    # Autograd hands over expanded gradients as they are.
-    grads = [grad.contiguous() for grad in (grad_out_sums, grad_lab_sums, grad_sample_sums, grad_pixel_sums)]
-    num_voxels = x[0].numel()
+    batch, capacity, slots, num_voxels = len(x), grad_sums.shape[1], pairs.shape[1], x[0].numel()
+    grad_out_sums, grad_lab_sums = grad_sums.chunk(2)
+    grad_excess = torch.zeros((batch, capacity), dtype=torch.float64, device=x.device)
+    block = block_size(slots, PAIRS_BLOCK)
+    _sum_neighbours_backward_kernel[(triton.cdiv(slots, block), batch)](
+        pairs, grad_lab_sums, grad_excess, slots, capacity, block
+    )
+    (foreground, y), (out_rows, lab_rows) = (site.chunk(2) for site in sites)
     block = block_size(num_voxels, GRADIENT_BLOCK)
-    _sum_instances_backward_kernel[(triton.cdiv(num_voxels, block), x.shape[0])](
-        *grads, x, labels, *sites[0].chunk(2), *sites[1].chunk(2), kept, grad_x,
-        num_voxels, grad_out_sums.shape[1], grad_lab_sums.shape[1],
-        quantity, no_tp, activation, pixel, pixel_quantity, block,
+    _sum_instances_backward_kernel[(triton.cdiv(num_voxels, block), batch)](
+        grad_out_sums, grad_lab_sums, grad_excess, grad_sample_sums, grad_pixel_sums,
+        x, labels, foreground, y, out_rows, lab_rows, counts[ops.KEPT], grad_x, num_voxels, capacity,
+        quantity, no_tp, activation, pixel, pixel_quantity if pixel != ops.NOT_FUSED else 0, block,
     )  # fmt: skip
     return grad_x
-
-
-def launch_sum_neighbours(values: Tensor, pairs: Tensor, to_labels: bool, capacity: int) -> Tensor:
-    """For each of `capacity` rows of one side, the sum of `values` (B, R) float64 over the rows it is paired with."""
-    (batch, rows), slots = values.shape, pairs.shape[1]
-    sums = torch.zeros((batch, capacity), dtype=torch.float64, device=values.device)
-    if min(batch, rows, slots, capacity) == 0:
-        return sums
-    block = block_size(slots, PAIRS_BLOCK)
-    _sum_neighbours_kernel[(triton.cdiv(slots, block), batch)](
-        values.contiguous(), pairs, sums, rows, slots, capacity, to_labels, block
-    )
-    return sums

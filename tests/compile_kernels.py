@@ -26,7 +26,19 @@ from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from triton_instance_loss.ops import GIVEN, HARD, NONE, NOT_FUSED, PROBABILITY, RAW, SIGMOID  # noqa: E402
+from triton_instance_loss.ops import (  # noqa: E402
+    BY_INSTANCE,
+    BY_MEAN,
+    BY_SUM,
+    GIVEN,
+    HARD,
+    NONE,
+    NOT_FUSED,
+    NUMBERS,
+    PROBABILITY,
+    RAW,
+    SIGMOID,
+)
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 ARCHITECTURES = (80, 90, 100)
@@ -87,24 +99,35 @@ def call_launchers():
         for rounds, min_size in ((0, 0), (3, 2)):
             room["components"].launch_find_instances(mask, rounds, min_size, 20)
         room["components"].launch_number_instances(mask.long(), 0, 20)
-        geometry, counts = torch.zeros((2, 20, 10), dtype=torch.int64), torch.zeros(2, dtype=torch.int32)
-        sides = (geometry, geometry, counts, counts, list(shape[1:]))
-        room["centers"].launch_center_overlaps(*sides, [2, 2, 2])
-        room["proximity"].launch_proximity_minima(*sides, depth == 1)
+        geometry, counts = torch.zeros((4, 20, 10), dtype=torch.int64), torch.zeros((3, 2), dtype=torch.int32)
+        room["centers"].launch_center_overlaps(geometry, counts, list(shape[1:]), [2, 2, 2])
+        room["proximity"].launch_proximity_minima(geometry, counts, list(shape[1:]), depth == 1)
     sites = [torch.zeros((4, *shape[1:]), dtype=dtype) for dtype in (torch.bool, torch.int32)]
     for dtype, quantity, no_tp in SUMS:
         x = torch.zeros(shape, dtype=torch.float32 if dtype == torch.bool else dtype)
         activation = SIGMOID if dtype == torch.bool else NONE
-        case = (x, sites, counts, activation, quantity, no_tp)
-        tables = room["tables"].launch_sum_instances(*case, 20, 20, 64)[:3]
+        case = (x, sites, counts, geometry, activation, quantity, no_tp, 64)
+        *sums, pairs = room["tables"].launch_sum_instances(*case)
+    per_row, health = torch.zeros((4, 20), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    owned, numbers = torch.zeros((4, 20, 2), dtype=torch.int64), [0.0] * NUMBERS
+    for given, *average in (
+        ((None, None, None, None), BY_INSTANCE, False),
+        ((None, None, None, per_row[:, :2]), BY_INSTANCE, False),
+        ((owned, per_row, None, None), BY_MEAN, True),
+        ((None, None, per_row, None), BY_SUM, True),
+    ):
+        case = (*sums, sums[1], health, counts, geometry, *given, numbers, 2, *average)
+        _, *slopes = room["terms"].launch_terms(*case)
+    for masses, values in ((True, True), (False, False)):
+        grads = room["terms"].launch_terms_backward(per_row[0, :7], *slopes, counts, masses, values)
     for dtype, label_dtype, activation, threshold, *pixel in ACTIVATIONS:
         volumes = torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=label_dtype)
-        _, sums, _ = room["activation"].launch_activate(*volumes, activation, threshold, *pixel)
+        room["instances"].launch_find(
+            *volumes, None, activation, threshold, *pixel, 0, 0, 50 * (dtype == torch.float32), 50.0, 20
+        )
         for quantity, no_tp in ((4, True), (3, False)):
-            case = (*volumes, sites, counts, activation, quantity, no_tp, *pixel)
-            room["tables"].launch_sum_instances_backward(*tables, sums, *case)
-    for to_labels in (True, False):
-        room["tables"].launch_sum_neighbours(tables[0][..., 0], torch.zeros((2, 64), dtype=torch.int64), to_labels, 20)
+            case = (*volumes, sites, pairs, counts, activation, quantity, no_tp, *pixel)
+            room["tables"].launch_sum_instances_backward(*grads, *case)
 
 
 def launches():
@@ -116,7 +139,7 @@ def launches():
         for parameter, value in zip(self.params, args, strict=True):
             if isinstance(value, torch.Tensor):
                 signature[parameter.name] = TYPES[value.dtype]
-            elif parameter.is_constexpr or value == 1:  # a launch makes a constant of an integer that is 1
+            elif parameter.is_constexpr or value in (None, 1):  # a launch makes constants of these, too
                 signature[parameter.name], constants[parameter.name] = "constexpr", value
             else:
                 signature[parameter.name] = "i32"

@@ -27,6 +27,12 @@ def backend(request):
         yield device
 
 
+@pytest.fixture(params=["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
+def device(request):
+    """Run the test once a device, as a user would: the backend is the one of the device."""
+    return torch.device(request.param)
+
+
 @pytest.fixture
 def poison():
     """Fill what `torch.empty` returns with NaN and the largest integers, so that no test passes by luck."""

@@ -69,7 +69,7 @@ def plain_instances(ids, min_size, capacity):
     """Row map, counts and geometry of ids, one instance after the other."""
     rows = torch.zeros(ids.shape, dtype=torch.int32, device=ids.device)
     counts = torch.zeros(ids.shape[0], dtype=torch.int32, device=ids.device)
-    geometry = torch.tensor([0] * 4 + [FAR] * 3 + [-1] * 3, device=ids.device).repeat(ids.shape[0], capacity, 1)
+    geometry = torch.zeros((ids.shape[0], capacity, ops.GEOMETRY_COLUMNS), dtype=torch.int64, device=ids.device)
     for b, volume in enumerate(ids):
         for i in volume.unique():
             where = (volume == i).nonzero()
@@ -79,6 +79,20 @@ def plain_instances(ids, min_size, capacity):
                 counts[b] += 1
                 rows[b][volume == i] = counts[b]
     return rows, counts, geometry
+
+
+def used(table, counts):
+    """A table (sides, capacity, ...) with zeros in the rows that are not used, which hold anything."""
+    rows = torch.arange(table.shape[1], device=table.device)
+    here = rows < counts.view(-1, 1)
+    return torch.where(here.view(*here.shape, *(1,) * (table.ndim - 2)), table, 0)
+
+
+def assert_same_instances(result, capacity, expected):
+    """Row map, counts and the used rows of geometry."""
+    rows, counts, geometry = result
+    assert geometry.shape[1] == capacity
+    assert_same([rows, counts, used(geometry, counts)], expected)
 
 
 def assert_same(result, expected):
@@ -93,21 +107,49 @@ def activate(*arguments):
     return *masks.chunk(2), sums, health
 
 
-def sum_instances(a, y, out_rows, lab_rows, kept, quantity, no_tp, *capacities):
-    """`launch_sum_instances` of an activated output, bool (hard) or float, and of what its sites are made of."""
+def found(lab_rows, kept, capacity):
+    """Counts and geometry that tell how many outputs are kept and how large labels are, and nothing else."""
+    batch = len(lab_rows)
+    geometry = torch.full((2 * batch, capacity, ops.GEOMETRY_COLUMNS), -FAR, device=lab_rows.device)
+    rows = torch.arange(1, capacity + 1, device=lab_rows.device)
+    geometry[batch:, :, ops.SIZE] = (lab_rows.flatten(1)[:, None] == rows[:, None]).sum(2)
+    return torch.stack((torch.full_like(kept, -1), kept, torch.full_like(kept, -1))), geometry
+
+
+def touching(out_rows, lab_rows, kept):
+    """The pairs (kept output, label) that touch, a set of each sample."""
+    inside = (out_rows > 0) & (out_rows <= kept.view(-1, 1, 1, 1)) & (lab_rows > 0)
+    sides = zip(out_rows, lab_rows, inside, strict=True)
+    return [set(zip(out[here].tolist(), lab[here].tolist(), strict=True)) for out, lab, here in sides]
+
+
+def sum_instances(a, y, out_rows, lab_rows, kept, quantity, no_tp, capacity, pair_capacity):
+    """`launch_sum_instances` of an activated output, bool (hard) or float, and of what its sites are made of.
+
+    Sums of outputs, of labels and of samples, and the pairs.
+    """
     hard = a.dtype == torch.bool
     sites = [torch.cat((a if hard else a > 0, y)), torch.cat((out_rows, lab_rows))]
     x, activation = (a.float(), ops.GIVEN) if hard else (a, ops.NONE)
     tables = importlib.import_module("triton_instance_loss.kernels.tables")
-    return tables.launch_sum_instances(x, sites, kept, activation, quantity, no_tp, *capacities)
+    case = (x, sites, *found(lab_rows, kept, capacity), activation, quantity, no_tp)
+    sums, *rest = tables.launch_sum_instances(*case, pair_capacity)
+    return *sums.chunk(2), *rest
 
 
 def sum_instances_backward(*arguments):
-    """`launch_sum_instances_backward`, the sites one by one."""
+    """`launch_sum_instances_backward`, its gradients with as many columns as the tables, the sites one by one."""
     (*grads, x, labels, foreground, y), (out_rows, lab_rows, kept, quantity, no_tp, activation, *pixel) = (
         arguments[:8],
         arguments[8:],
     )
+    of_rows = torch.cat(grads[:2])[..., : ops.GRADIENT_COLUMNS].contiguous()
+    of_samples = [grad[:, : ops.SAMPLE_GRADIENT_COLUMNS].contiguous() for grad in grads[2:]]
     sites = [torch.cat((foreground, y)), torch.cat((out_rows, lab_rows))]
+    pairs = torch.zeros((len(x), 64), dtype=torch.int64)
+    for keys, met in zip(pairs, touching(out_rows, lab_rows, kept), strict=True):
+        keys[3 : 3 + len(met)] = torch.tensor([out << 32 | lab for out, lab in sorted(met)])
+    counts, _ = found(lab_rows, kept, of_rows.shape[1])
     tables = importlib.import_module("triton_instance_loss.kernels.tables")
-    return tables.launch_sum_instances_backward(*grads, x, labels, sites, kept, activation, quantity, no_tp, *pixel)
+    case = (x, labels, sites, pairs.to(x.device), counts, activation, quantity, no_tp, *pixel)
+    return tables.launch_sum_instances_backward(of_rows, *of_samples, *case)

@@ -23,6 +23,25 @@ OPTIONS = [
         "object_chn must be a channel from 0 to 2 (num_out_chn=3), got 3",
     ),
     ({"object_chn": -1}, ValueError, "object_chn must be an integer of at least 0, got -1"),
+    ({"object_chn": "lesion"}, TypeError, "object_chn must be an integer of at least 0, got 'lesion'"),
+    ({"num_out_chn": 3, "object_chn": [1, 3]}, ValueError, "object_chn must be a channel from 0 to 2 (num_out_chn=3)"),
+    ({"num_out_chn": 3, "object_chn": [1, 1]}, ValueError, "object_chn must be one channel or several different ones"),
+    ({"num_out_chn": 3, "object_chn": []}, ValueError, "object_chn must be one channel or several different ones of"),
+    ({"object_chn": [0, 1]}, ValueError, "object_chn must be one channel or several different ones of num_out_chn=1"),
+    ({"to_onehot_y": 1}, TypeError, "to_onehot_y must be True or False, got 1"),
+    ({"ignore_index": "255"}, TypeError, "ignore_index must be a finite number, got '255'"),
+    ({"ignore_index": 1}, ValueError, "ignore_index must not be a label of foreground, (1,), got 1"),
+    (
+        {"num_out_chn": 3, "object_chn": 2, "to_onehot_y": True, "ignore_index": 2},
+        ValueError,
+        "ignore_index must not be a label of foreground, (2,), got 2",
+    ),
+    (
+        {"ignore_index": 2, "segmentation_threshold": 0},
+        ValueError,
+        "segmentation_threshold must be above 0 where voxels are ignored",
+    ),
+    ({"process_group": 0}, TypeError, 'process_group must be None, "world" or a torch.distributed.ProcessGroup, got 0'),
     ({"spatial_dims": 1}, ValueError, "spatial_dims must be an integer of at least 2, got 1"),
     ({"spatial_dims": 4}, ValueError, "spatial_dims must be 2 or 3, got 4"),
     ({"num_iterations": 0}, ValueError, "num_iterations must be an integer of at least 1, got 0"),
@@ -124,6 +143,8 @@ def test_cross_entropy_needs_probabilities():
         loss(torch.linspace(-2, 3, labels.numel()).view(VOLUME), labels)
     with pytest.raises(ValueError, match="loss_function_center must take values of 1 \\+ smoother"):
         InstanceLoss(None, None, torch.nn.BCELoss())
+    with pytest.raises(ValueError, match="criterion must take values of 1 \\+ smoother"):
+        functional.instance_center_loss(labels, labels, criterion=torch.nn.BCELoss())
 
 
 MASKS = [

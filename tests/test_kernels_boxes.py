@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from kernel_cases import DEVICE, FAR, assert_same
+from kernel_cases import DEVICE, FAR, assert_same, used
 
 pytest.importorskip("triton")
 
@@ -44,31 +44,37 @@ GEOMETRIES = [
 ]
 
 
+def two_sides(shape, kept, num_labels, capacity=9):
+    """Geometry of both sides, and counts, of which those of all outputs are not asked for."""
+    geometry, used = random_geometry(shape, kept + num_labels, capacity)
+    return geometry, torch.cat((torch.full_like(used[: len(kept)], -1), used)).view(3, -1)
+
+
 @pytest.mark.parametrize(("shape", "offsets", "kept", "num_labels"), GEOMETRIES)
 @pytest.mark.parametrize("small", [False, True], ids=["one_block", "gpu_blocks"])
 def test_centers(shape, offsets, kept, num_labels, small, request):
     if small:
         request.getfixturevalue("gpu_blocks")
-    out_geometry, kept = random_geometry(shape, kept, 7, seed=1)
-    lab_geometry, num_labels = random_geometry(shape, num_labels, 9, seed=2)
-    out_owner = plain_owner(out_geometry, kept, shape, offsets)
-    covered = plain_owner(lab_geometry, num_labels, shape, offsets) > 0
-    sides = (out_geometry, lab_geometry, kept, num_labels, list(shape), list(offsets))
-    assert_same(centers.launch_center_volumes(*sides), [out_owner, covered])
-    rows = torch.arange(1, 8, device=DEVICE).view(-1, 1, 1, 1, 1)
-    owned = torch.stack([((out_owner == rows) & (covered == side)).sum((2, 3, 4)).T for side in (False, True)], -1)
-    assert_same(centers.launch_center_overlaps(*sides), [owned, (covered & (out_owner == 0)).sum((1, 2, 3))])
+    geometry, counts = two_sides(shape, kept, num_labels)
+    owners = plain_owner(geometry, counts[1:].flatten(), shape, offsets)
+    out_owner, lab_owner = owners.chunk(2)
+    sides = (geometry, counts, list(shape), list(offsets))
+    assert_same(centers.launch_center_volumes(*sides), [out_owner, lab_owner > 0])
+    rows = torch.arange(1, 10, device=DEVICE).view(-1, 1, 1, 1, 1)
+    others = torch.cat((lab_owner, out_owner)) > 0
+    owned = torch.stack([((owners == rows) & (others == side)).sum((2, 3, 4)).T for side in (False, True)], -1)
+    assert_same([used(centers.launch_center_overlaps(*sides), counts[1:])], [owned])
 
 
 def test_centers_drawn():
     # voxels at x = 1, 2 and 4: the mean 7/3 is rounded up to 3, and with offset 1 the box is [1, 4)
-    geometry = torch.tensor([[[3, 0, 0, 7, 0, 0, 1, 0, 0, 4]]], device=DEVICE)
-    one, none = (torch.tensor([n], dtype=torch.int32, device=DEVICE) for n in (1, 0))
-    owner, covered = centers.launch_center_volumes(geometry, geometry, one, none, [1, 1, 6], [1, 1, 1])
+    geometry = torch.tensor([[[3, 0, 0, 7, 0, 0, 1, 0, 0, 4]]], device=DEVICE).repeat(2, 1, 1)
+    counts = torch.tensor([[5], [1], [0]], dtype=torch.int32, device=DEVICE)
+    owner, covered = centers.launch_center_volumes(geometry, counts, [1, 1, 6], [1, 1, 1])
     assert owner.flatten().tolist() == [0, 1, 1, 1, 0, 0]
     assert not covered.any()
-    owned, alone = centers.launch_center_overlaps(geometry, geometry, one, none, [1, 1, 6], [1, 1, 1])
-    assert (owned.tolist(), alone.tolist()) == ([[[3, 0]]], [0])
+    owned = centers.launch_center_overlaps(geometry, counts, [1, 1, 6], [1, 1, 1])
+    assert owned[0].tolist() == [[3, 0]]
 
 
 def plain_boxes(geometry, count, shape, planar):
@@ -92,39 +98,35 @@ def plain_diou(lows, highs, other_lows, other_highs):
     return 1 - shared / union + (centers**2).sum(-1) / ((around**2).sum(-1) + 1e-7)
 
 
+def assert_minima(geometry, counts, shape, planar):
+    """Distances to the nearest of the other side against the plain statement."""
+    ours = proximity.launch_proximity_minima(geometry, counts, list(shape), planar)
+    batch = counts.shape[1]
+    for b, (kept, num_labels) in enumerate(counts[1:].T.tolist()):
+        sides = ((geometry[b], kept), (geometry[batch + b], num_labels))
+        out, lab = (plain_boxes(*side, shape, planar) for side in sides)
+        diou = plain_diou(*out, *lab)
+        torch.testing.assert_close(ours[b, : len(diou)], diou.amin(1), rtol=1e-14, atol=1e-14)
+        torch.testing.assert_close(ours[batch + b, : diou.shape[1]], diou.amin(0), rtol=1e-14, atol=1e-14)
+
+
 @pytest.mark.parametrize(("shape", "offsets", "kept", "num_labels"), GEOMETRIES)
 @pytest.mark.parametrize("planar", [False, True])
 def test_proximity(shape, offsets, kept, num_labels, planar):
-    out_geometry, kept = random_geometry(shape, kept, 7, seed=1)
-    lab_geometry, num_labels = random_geometry(shape, num_labels, 9, seed=2)
-    ours = proximity.launch_proximity_minima(out_geometry, lab_geometry, kept, num_labels, list(shape), planar)
-    expected = [torch.zeros_like(t) for t in ours]
-    for b in range(len(kept)):
-        diou = plain_diou(
-            *plain_boxes(out_geometry[b], int(kept[b]), shape, planar),
-            *plain_boxes(lab_geometry[b], int(num_labels[b]), shape, planar),
-        )
-        expected[0][b, : diou.shape[0]], expected[1][b, : diou.shape[1]] = diou.amin(1), diou.amin(0)
-    torch.testing.assert_close(ours, tuple(expected), rtol=1e-14, atol=1e-14)
+    assert_minima(*two_sides(shape, kept, num_labels), shape, planar)
 
 
 def test_proximity_drawn():
     # bounds [2, 3]: extent 1, extended to [0, 4) with centre 2; against the middle [3, 5), centre 4: IoU 1/5, 2^2 / 5^2
-    geometry = torch.tensor([[[2, 0, 0, 5, 0, 0, 2, 0, 0, 3]]], device=DEVICE)
-    one, none = (torch.tensor([n], dtype=torch.int32, device=DEVICE) for n in (1, 0))
-    to_label, to_output = proximity.launch_proximity_minima(geometry, geometry, one, none, [1, 1, 8], True)
+    geometry = torch.tensor([[[2, 0, 0, 5, 0, 0, 2, 0, 0, 3]]], device=DEVICE).repeat(2, 1, 1)
+    counts = torch.tensor([[5], [1], [0]], dtype=torch.int32, device=DEVICE)
+    ours = proximity.launch_proximity_minima(geometry, counts, [1, 1, 8], True)
     # along the axis of length 1 the instance has [0, 1), the middle [-1, 1); their centres are 1 and 0
     expected = 1 - 1 / (4 + 4 - 1) + (4 + 1) / (25 + 4)
-    assert to_label.tolist() == to_output.tolist() == [[pytest.approx(expected, abs=1e-9)]]
+    assert ours.tolist() == [[pytest.approx(expected, abs=1e-9)]] * 2
 
 
 @pytest.mark.usefixtures("gpu_blocks")
 def test_proximity_of_many():
-    shape, counts = (30, 40, 50), [130]
-    out_geometry, kept = random_geometry(shape, [3], 3, seed=1)
-    lab_geometry, num_labels = random_geometry(shape, counts, 4000, seed=2)
-    ours = proximity.launch_proximity_minima(out_geometry, lab_geometry, kept, num_labels, list(shape), False)
-    diou = plain_diou(*plain_boxes(out_geometry[0], 3, shape, 0), *plain_boxes(lab_geometry[0], 130, shape, 0))
-    torch.testing.assert_close(ours[0][0], diou.amin(1), rtol=1e-14, atol=1e-14)
-    torch.testing.assert_close(ours[1][0, :130], diou.amin(0), rtol=1e-14, atol=1e-14)
-    assert ours[1].count_nonzero() == 130
+    shape = (30, 40, 50)
+    assert_minima(*two_sides(shape, [3], [130], capacity=4000), shape, False)

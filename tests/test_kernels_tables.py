@@ -6,19 +6,18 @@ import pytest
 import torch
 from kernel_cases import (
     DEVICE,
-    FAR,
     GRADIENT_ERRORS,
     SHAPES,
     activate,
     assert_same,
     sum_instances,
     sum_instances_backward,
+    touching,
 )
 
 pytest.importorskip("triton")
 
-from triton_instance_loss.kernels import tables
-
+from triton_instance_loss import ops
 from triton_instance_loss.ops import GIVEN, HARD, NONE, NOT_FUSED, PROBABILITY, RAW, SIGMOID
 
 pytestmark = pytest.mark.usefixtures("poison")
@@ -31,7 +30,7 @@ def phi(u, w, quantity):
     return [u, u * u, (u - w).abs(), (u - w) ** 2][quantity]
 
 
-def plain_sums(a, y, out_rows, lab_rows, kept, quantity, no_tp, out_capacity, lab_capacity):
+def plain_sums(a, y, out_rows, lab_rows, kept, quantity, no_tp, capacity):
     """The three tables of sums, differentiable in a, and the set of pairs of each sample; one row after the other."""
     zeros, ones = torch.zeros_like(a), torch.ones_like(a)
     batch = a.shape[0]
@@ -39,23 +38,27 @@ def plain_sums(a, y, out_rows, lab_rows, kept, quantity, no_tp, out_capacity, la
     inside = ((out_rows > 0) & (out_rows <= kept.view(-1, 1, 1, 1))).double()
     excess = phi(a * a.detach(), zeros, quantity) * ~y if no_tp else phi(a, zeros, quantity)
     cost = phi(a, ones, quantity) - (0 if no_tp else phi(a, zeros, quantity))
-    of_output = [a, a * on_label, phi(a, on_label, quantity), excess, on_label]
+    nothing = torch.zeros_like(on_label)
+    of_output = [a, a * on_label, phi(a, on_label, quantity), nothing, on_label]
     of_label = [a, a * inside, cost * inside, (out_rows > 0).double(), inside]
     of_sample = [a * y, phi(a, y.to(a.dtype), quantity), y]
 
-    def table(columns, rows, capacity):
+    def table(columns, rows):
         sums = [
             [torch.stack([(c[b].double() * (rows[b] == r)).sum() for c in columns]) for r in range(1, capacity + 1)]
             for b in range(batch)
         ]
         return torch.stack([torch.stack(sample) for sample in sums])
 
-    sample_sums = torch.stack([torch.stack([c[b].double().sum() for c in of_sample]) for b in range(batch)])
-    pairs = []
+    out_sums, lab_sums = table(of_output, out_rows), table(of_label, lab_rows)
+    brought = table([excess], out_rows)[..., 0]
+    pairs = touching(out_rows, lab_rows, kept)
     for b in range(batch):
-        touching = (inside[b] > 0) & (lab_rows[b] > 0)
-        pairs.append(set(zip(out_rows[b][touching].tolist(), lab_rows[b][touching].tolist(), strict=True)))
-    return table(of_output, out_rows, out_capacity), table(of_label, lab_rows, lab_capacity), sample_sums, pairs
+        for out, lab in pairs[b]:
+            out_sums[b, out - 1, ops.LABEL] += (lab_rows[b] == lab).sum()
+            lab_sums[b, lab - 1, ops.COST] += brought[b, out - 1]
+    sample_sums = torch.stack([torch.stack([c[b].double().sum() for c in of_sample]) for b in range(batch)])
+    return out_sums, lab_sums, sample_sums, pairs
 
 
 def random_case(shape, dtype, seed=0):
@@ -87,10 +90,11 @@ def test_sums_drawn():
     out_rows = torch.tensor([[[[1, 1, 1, 0]]]], dtype=torch.int32, device=DEVICE)
     lab_rows = torch.tensor([[[[0, 1, 0, 0]]]], dtype=torch.int32, device=DEVICE)
     kept = torch.tensor([1], dtype=torch.int32, device=DEVICE)
-    out_sums, lab_sums, sample_sums, pairs = sum_instances(a, y, out_rows, lab_rows, kept, 0, True, 2, 1, 4)
-    # mass, intersection, cost, excess, overlap: the too small label at the first voxel is background, yet y = 1 there
-    assert out_sums.tolist() == [[[1.75, 1.0, 1.75, 0.0625, 1.0], [0.0] * 5]]
-    assert lab_sums.tolist() == [[[1.0, 1.0, 1.0, 1.0, 1.0]]]
+    out_sums, lab_sums, sample_sums, pairs = sum_instances(a, y, out_rows, lab_rows, kept, 0, True, 2, 4)
+    # mass, intersection, cost, label or touched, overlap: the too small label at the first voxel is background, yet
+    # y = 1 there, so the output brings 0.25^2 into the other label
+    assert out_sums.tolist() == [[[1.75, 1.0, 1.75, 1.0, 1.0], [0.0] * 5]]
+    assert lab_sums.tolist() == [[[1.0, 1.0, 1.0625, 1.0, 1.0], [0.0] * 5]]
     assert sample_sums.tolist() == [[1.5, 1.75, 2.0]]
     assert sorted(pairs[0].tolist()) == [0, 0, 0, (1 << 32) | 1]
 
@@ -107,17 +111,16 @@ def gradient_of_a(grads, case, quantity, no_tp):
 def assert_sums(case, quantity, no_tp, tolerance):
     """Tables, pairs and gradient of one case against the plain statement."""
     a, y, out_rows, lab_rows, kept = case
-    ours = sum_instances(*case, quantity, no_tp, 5, 4, 32)
+    ours = sum_instances(*case, quantity, no_tp, 5, 32)
     wide = a.float() if a.dtype == torch.bool else a
     wide = wide.clone().requires_grad_()
-    *expected, pairs = plain_sums(wide, y, out_rows, lab_rows, kept, quantity, no_tp, 5, 4)
+    *expected, pairs = plain_sums(wide, y, out_rows, lab_rows, kept, quantity, no_tp, 5)
     for table, plain in zip(ours, expected, strict=False):
         torch.testing.assert_close(table, plain.detach(), rtol=tolerance, atol=tolerance)
     assert found_pairs(ours[3]) == pairs
 
     generator = torch.Generator().manual_seed(3)
     grads = [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(DEVICE) for t in expected]
-    grads[0] = grads[0][:, :1].expand_as(grads[0])
     (plain,) = torch.autograd.grad(expected, wide, grads)
     ours = gradient_of_a(grads, case, quantity, no_tp)
     torch.testing.assert_close(ours, plain, rtol=0, atol=GRADIENT_ERRORS[wide.dtype] * float(plain.abs().max()))
@@ -158,8 +161,8 @@ def test_sums_of_raw_logits():
 def test_sums_of_saturated_cross_entropy():
     a, *case = random_case((1, 3, 5, 7), torch.float32)
     case = [(a > 0.5).float(), *case]
-    ours = sum_instances(*case, 4, False, 5, 4, 32)
-    expected = plain_sums(*case, 4, False, 5, 4)
+    ours = sum_instances(*case, 4, False, 5, 32)
+    expected = plain_sums(*case, 4, False, 5)
     assert_same(ours[:3], expected[:3])  # log 0 is -100, as in torch
     grad_a = gradient_of_a([torch.ones_like(t) for t in ours[:3]], case, 4, False)
     assert grad_a.isfinite().all()
@@ -171,7 +174,7 @@ def test_sums_of_broken_outputs_end(value):
     a, *case = random_case((2, 3, 5, 7), torch.float32)
     a[0, 0, 0, 0] = value
     for quantity in (0, 4):
-        tables_ours = sum_instances(a, *case, quantity, True, 5, 4, 32)
+        tables_ours = sum_instances(a, *case, quantity, True, 5, 32)
         grads = [torch.ones_like(t) for t in tables_ours[:3]]
         gradient_of_a(grads, [a, *case], quantity, True)
     assert tables_ours[0][1].isfinite().all()
@@ -184,7 +187,7 @@ def test_gradient_of_x_drawn():
     labels = torch.tensor([[[[1, 0, 2]]]], device=DEVICE)
     rows = torch.tensor([[[[1, 2, 0]]]], dtype=torch.int32, device=DEVICE)
     kept = torch.tensor([2], dtype=torch.int32, device=DEVICE)
-    grads = [torch.zeros(shape, dtype=torch.float64, device=DEVICE) for shape in ((1, 2, 5), (1, 1, 5), (1, 3))]
+    grads = [torch.zeros(shape, dtype=torch.float64, device=DEVICE) for shape in ((1, 2, 5), (1, 2, 5), (1, 3))]
     grads[0][0, :, 0] = torch.tensor([4.0, 16.0])
     pixel = torch.tensor([[8.0, 16.0, float("nan")]], dtype=torch.float64, device=DEVICE)  # truth has no gradient
 
@@ -218,7 +221,7 @@ def assert_gradient_of_x(shape, dtype, label_dtype, code, pixel, pixel_quantity,
     p = torch.sigmoid(x) if code == SIGMOID else x
     hard = foreground.to(dtype) + (p - p.detach())
     a = x if code == NONE else hard
-    *sums, _ = plain_sums(a, y, out_rows, lab_rows, kept, quantity, True, 5, 4)
+    *sums, _ = plain_sums(a, y, out_rows, lab_rows, kept, quantity, True, 5)
     if pixel == NOT_FUSED:
         sums.append(torch.zeros((shape[0], 3), dtype=torch.float64, device=DEVICE) * x.sum())
     else:
@@ -265,7 +268,7 @@ def test_gradient_of_x_where_the_sigmoid_is_saturated():
     grads = [torch.ones(shape, dtype=torch.float64, device=DEVICE) for shape in ((1, 1, 5), (1, 1, 5), (1, 3), (1, 3))]
     case = (x, y, y, y, rows, rows, kept, 0, True, SIGMOID, PROBABILITY, 0)
     ours = sum_instances_backward(*grads, *case).flatten()
-    # mass, intersection and cost of an output and of a label, no excess on labels; a y and phi of sample and pixel term
+    # mass, intersection and cost of an output and of a label, nothing brought; a y and phi of sample and pixel term
     slope = math.exp(-15.0) / (1.0 + math.exp(-15.0)) ** 2
     assert ours[1].item() == pytest.approx(10 * slope, rel=0.2)  # 1 - p has few bits left
     assert ours[[0, 2, 3, 4]].tolist() == [0.0] * 4
@@ -278,44 +281,21 @@ def test_pairs_fill_the_table_and_no_more():
     a = torch.ones((1, 1, 8, 8), device=DEVICE)
     kept = torch.tensor([8], dtype=torch.int32, device=DEVICE)
     for slots in (64, 16, 1):
-        pairs = sum_instances(a, a > 0, out_rows, lab_rows, kept, 0, True, 8, 8, slots)[3]
+        pairs = sum_instances(a, a > 0, out_rows, lab_rows, kept, 0, True, 8, slots)[3]
         assert len(found_pairs(pairs)[0]) == slots
 
 
 @pytest.mark.parametrize("pair_capacity", [0, 3, 12, -4])
 def test_pair_capacity_must_be_a_power_of_two(pair_capacity):
     with pytest.raises(ValueError, match=f"power of two, got {pair_capacity}"):
-        sum_instances(*random_case((1, 1, 2, 2), torch.float32), 0, True, 2, 2, pair_capacity)
+        sum_instances(*random_case((1, 1, 2, 2), torch.float32), 0, True, 2, pair_capacity)
 
 
 def test_sums_without_voxels():
     case = random_case((2, 0, 3, 3), torch.float64)
-    out_sums, lab_sums, sample_sums, pairs = sum_instances(*case, 0, True, 2, 3, 4)
+    out_sums, lab_sums, sample_sums, pairs = sum_instances(*case, 0, True, 2, 4)
     assert_same([t.sum() for t in (out_sums, lab_sums, sample_sums)], [torch.zeros((), dtype=torch.float64)] * 3)
-    assert (out_sums.shape, lab_sums.shape, sample_sums.shape) == ((2, 2, 5), (2, 3, 5), (2, 3))
+    assert (out_sums.shape, lab_sums.shape, sample_sums.shape) == ((2, 2, 5), (2, 2, 5), (2, 3))
     assert pairs.tolist() == [[0] * 4] * 2
     grad_a = gradient_of_a((out_sums, lab_sums, sample_sums), case, 0, True)
     assert (grad_a.shape, grad_a.dtype) == ((2, 0, 3, 3), torch.float64)
-
-
-def test_sum_neighbours_drawn():
-    pairs = torch.tensor([[(1 << 32) | 2, 0, (2 << 32) | 2, (2 << 32) | 1]], device=DEVICE)
-    values = torch.tensor([[10.0, 1.0, 7.0]], dtype=torch.float64, device=DEVICE)
-    assert tables.launch_sum_neighbours(values, pairs, True, 3).tolist() == [[1.0, 11.0, 0.0]]
-    assert tables.launch_sum_neighbours(values, pairs, False, 3).tolist() == [[1.0, 11.0, 0.0]]
-    values = values.expand(1, 3)[:, :2]
-    assert tables.launch_sum_neighbours(values, pairs, False, 2).tolist() == [[1.0, 11.0]]
-
-
-@pytest.mark.usefixtures("gpu_blocks")
-def test_sum_neighbours_random():
-    generator = torch.Generator().manual_seed(0)
-    out = torch.randint(1, 8, (2, 301), generator=generator)
-    pairs = torch.where(torch.rand((2, 301), generator=generator) < 0.5, out << 32 | out * 5 % 6 + 1, 0).to(DEVICE)
-    values = torch.randint(-9, 9, (2, 7), generator=generator).double().to(DEVICE)
-    for to_labels in (True, False):
-        source, target = (pairs >> 32, pairs & FAR) if to_labels else (pairs & FAR, pairs >> 32)
-        padded = torch.nn.functional.pad(values, (1, 0))
-        expected = torch.zeros((2, 9), dtype=torch.float64, device=DEVICE)
-        expected.scatter_add_(1, target, padded.gather(1, source))
-        assert_same([tables.launch_sum_neighbours(values, pairs, to_labels, 8)], [expected[:, 1:]])

@@ -71,7 +71,7 @@ def test_reference_gradients_are_the_published_ones(backend):
     assert grad.any()
 
 
-def test_signature_is_the_published_one():
+def test_signature_is_the_published_one_and_ours():
     parameters = inspect.signature(InstanceLoss).parameters
     assert list(parameters)[:3] == ["loss_function_pixel", "loss_function_instance", "loss_function_center"]
     defaults = {name: parameter.default for name, parameter in parameters.items()}
@@ -95,6 +95,9 @@ def test_signature_is_the_published_one():
         "instance_wise_loss_no_tp": True,
         "rate_instead_number": False,
         "gradients": "surrogate",
+        "to_onehot_y": False,
+        "ignore_index": None,
+        "process_group": None,
     }
     assert inspect.signature(InstanceCenterLoss) == inspect.signature(InstanceLoss)
 
@@ -194,6 +197,15 @@ class TestWeightedSum:
                 assert torch.isfinite(total)
                 (grad,) = torch.autograd.grad(total, outputs, retain_graph=True)
                 assert torch.isfinite(grad).all()
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_no_term_is_a_plain_zero(self, backend, dtype):
+        """In float32 like any sum of terms, although the outputs are too large for a sum of their own."""
+        outputs = torch.full((1, 1, 8, 8, 8), 6e4, device=backend, dtype=dtype, requires_grad=True)
+        total = WeightedSum(InstanceLoss(), **dict.fromkeys(TERMS, 0.0))(MetaTensor(outputs), torch.zeros_like(outputs))
+        assert (type(total), total.dtype, total.item()) == (torch.Tensor, torch.float32, 0)
+        (grad,) = torch.autograd.grad(total, outputs)
+        assert not grad.any()
 
     def test_bad_weights(self):
         with pytest.raises(ValueError, match=r"the name of a weight must be one of 'pixel', .*, got 'centre'"):

@@ -158,6 +158,14 @@ def warn_if_slow(name: str, loss: Callable[..., Any]) -> None:
         )
 
 
+def refuse_cross_entropy(name: str, loss: Callable[..., Any] | None, smoother: float) -> None:
+    """A criterion of centre boxes takes values of 1 + smoother, which have no cross entropy."""
+    form = None if loss is None else fused_form(loss)
+    if form is not None and form.code == quantities.CROSS_ENTROPY:
+        kind = type(loss).__name__
+        raise ValueError(f"{name} must take values of 1 + smoother ({1 + smoother!r}); {kind} ends at 1.")
+
+
 class DiceLoss(torch.nn.Module):
     """Dice loss of each sample and channel, averaged: 1 - (2 sum u w + s) / (sum u + sum w + s) with s = 1e-5.
 

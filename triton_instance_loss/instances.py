@@ -1,4 +1,4 @@
-"""The instances of a batch: where they are, how many, how large, and which outputs are used individually."""
+"""The instances of a batch: where they are, how many, and how large."""
 
 from typing import NamedTuple
 
@@ -15,12 +15,8 @@ class Found(NamedTuple):
     """The instances of a batch."""
 
     sites: tuple[Tensor, ...]  # where they are, as the backend likes it
-    num_outputs: Tensor  # (B,) int32
-    num_labels: Tensor  # (B,) int32
-    too_many: Tensor  # (B,) bool: more outputs than mul_too_many for each label
-    kept: Tensor  # (B,) int32: outputs 1..kept are used individually
-    out_geometry: Tensor  # (B, rows, 10) int64, columns as ops.py names them
-    lab_geometry: Tensor  # (B, rows, 10) int64
+    counts: Tensor  # (3, B) int32: outputs, kept outputs, labels; outputs 1..kept are used individually
+    geometry: Tensor  # (2 B, rows, 10) int64, outputs before labels, columns as ops.py names them
 
 
 def first_rows(counts: Tensor, rows: int) -> Tensor:
@@ -36,25 +32,30 @@ def find(
     `pixel` says what the pixel term sees, and the code of its quantity. Also gives how many slots the pairs (kept
     output, label) that touch need, the sums of the pixel term, and the health of x.
     """
-    out_bound = lab_bound = capacity_bound(x.shape, options.num_iterations)
+    bound = capacity_bound(x.shape, options.num_iterations)
     ids = None
     if cc_label_batch is not None:
-        ids = to_volume(cc_label_batch).long() * (labels == 1)
-        lab_bound = x[0].numel()
-    rows = rows_of_tables(x, out_bound), rows_of_tables(x, lab_bound)
+        ids = to_volume(cc_label_batch.expand(-1, len(options.classes), *cc_label_batch.shape[2:]))
+        ids = ids.long() * (labels == 1)
+        bound = x[0].numel()
     search = (options.num_iterations or 0, options.min_instance_size)
+    keep = (options.max_cc_out, float(options.mul_too_many))
     sites, pixel_sums, health, counts, geometry = ops.find(
-        x, labels, ids, *activation_of(options), *pixel, *search, *rows
+        x, labels, ids, *activation_of(options), *pixel, *search, *keep, rows_of_tables(x, bound)
     )
-    num_outputs, num_labels = counts.chunk(2)
-    out_geometry, lab_geometry = geometry[0].chunk(2) if ids is None else geometry
-    too_many = (num_labels > 0) & (num_outputs > num_labels.double() * options.mul_too_many)
-    kept = num_outputs.clamp(max=options.max_cc_out) if options.max_cc_out else num_outputs
-    kept = torch.where(too_many, 0, kept).int()
     # A voxel makes at most one pair, and whole components at most one a 2x2x2 block. The table is a hash set: it is
     # half empty, and a power of two.
-    pairs = max(out_bound, lab_bound)
-    if rows[0] == 0:
-        pairs = min(pairs, out_geometry.shape[1] * lab_geometry.shape[1])
-    found = Found(tuple(sites), num_outputs, num_labels, too_many, kept, out_geometry, lab_geometry)
-    return found, 2 ** (2 * pairs - 1).bit_length(), pixel_sums, health
+    return Found(tuple(sites), counts, geometry), 2 ** (2 * bound - 1).bit_length(), pixel_sums, health
+
+
+def instances_of_all(counts: Tensor, options: Options) -> Tensor | None:
+    """Kept outputs and labels of each class in all processes, a share of each process: (2, classes) float64.
+
+    A sample without any counts as one. None without a process group, or where samples are averaged and not instances.
+    """
+    if options.process_group is None or options.instance_wise_reduce != "instance":
+        return None
+    group = None if options.process_group == "world" else options.process_group
+    mine = counts[ops.KEPT :].clamp(min=1).view(2, -1, len(options.classes)).sum(1, dtype=torch.float64)
+    torch.distributed.all_reduce(mine, group=group)
+    return mine / torch.distributed.get_world_size(group)

@@ -2,7 +2,8 @@
 
 A volume is (B, D, H, W) and contiguous; an image comes as a volume with D = 1. `V = D * H * W`.
 A *row map* holds at each voxel the number of its instance, 1..n in id order, or 0; row r of a table is instance r + 1.
-Tables have a fixed number of rows, `capacity`, so that no shape depends on data and Python never reads a count.
+Tables have a fixed number of rows, `capacity`, so that no shape depends on data and Python never reads a count; what
+stands in a row beyond the count is undefined. A table of both sides, (2 B, capacity, ...), has those of outputs first.
 CPU tensors go to `cpu/`, CUDA tensors to `kernels/`, which have the same rooms. The environment variable
 `TRITON_INSTANCE_LOSS_BACKEND` (`cpu` or `triton`), read at each call, overrides that. This module imports neither
 Triton nor SciPy.
@@ -30,21 +31,43 @@ RAW = 0  # x, and the labels as they are
 PROBABILITY = 1  # sigmoid(x) with SIGMOID, else x; and y
 HARD = 2  # a, with the derivative of what the gradient flows into; and the labels as they are
 
-# Columns of a geometry table (int64). Bounds are inclusive; unused rows hold size 0, low 2^31 - 1, high -1.
+# How many there are in a sample: outputs, those of them that are used individually (rows 1..kept), labels.
+OUTPUTS, KEPT, LABELS, COUNTS = 0, 1, 2, 3
+# Columns of a geometry table (int64). Bounds are inclusive.
 SIZE, COORDINATE_SUMS, LOWS, HIGHS = 0, slice(1, 4), slice(4, 7), slice(7, 10)
 GEOMETRY_COLUMNS = 10
 
-# Columns of a sums table (float64). a is the activated output, phi the quantity of the criterion (see criteria.py).
+# Columns of a sums table (float64). a is the activated output, phi the quantity of the criterion (see criteria.py), e
+# what an output brings into each label that it touches: phi(a * stopgrad(a), 0) where y = 0 (*).
 MASS = 0  # sum of a over the instance
 INTERSECTION = 1  # output: sum of a where a label instance is; label: sum of a inside kept outputs
-COST = 2  # output: sum of phi(a, 1 where a label instance is); label: sum of phi(a, 1) inside kept outputs (*)
-EXCESS = 3  # output: phi over the voxels it brings into each label it touches: phi(a * stopgrad(a), 0) where y = 0 (*)
+COST = 2  # output: sum of phi(a, 1 where a label instance is); label: of phi(a, 1) inside kept outputs (*), and their e
+LABEL = 3  # kept output: sizes of the labels that it touches
 TOUCHED = 3  # label: voxels inside any output, kept or not
 OVERLAP = 4  # output: voxels on a label instance; label: voxels inside kept outputs
 SUMS_COLUMNS = 5
-# (*) without no_tp: EXCESS is phi(a, 0) over the whole output, and a label's COST is phi(a, 1) - phi(a, 0).
+# (*) without no_tp: e is phi(a, 0) over the whole output, and a label's own share is phi(a, 1) - phi(a, 0).
 # Columns of the sample table (float64): sums over all voxels of a * y, of phi(a, y) and of y.
 SAMPLE_COLUMNS = 3
+# Gradients of a sums table have its first three columns, those of a sample table its first two: the others are counts.
+GRADIENT_COLUMNS, SAMPLE_GRADIENT_COLUMNS = 3, 2
+
+# The terms, in the order of the operator `terms`.
+PIXEL, INSTANCE_LABEL, INSTANCE_OUTPUT, CENTER, FALSE_INSTANCES, MISSED_INSTANCES, PROXIMITY = range(7)
+# What terms are made of, in a list of numbers: each criterion as a ratio of two linear functions, of sums or, for
+# center, of the numbers of voxels in both kinds of box, in output boxes only, and in label boxes only (terms.py).
+PIXEL_RATIO, INSTANCE_RATIO, MISSING, CENTER_RATIO, CENTER_SLOPES, SMOOTHER, NUMBERS = 0, 8, 16, 17, 25, 29, 30
+# How the instances of a batch are averaged: all alike, or samples alike and in each the mean or sum.
+BY_INSTANCE, BY_MEAN, BY_SUM = range(3)
+# Columns of a table of slopes (float64), from which gradients follow: derivatives of center, and of false or missed
+# instances, by the mass of an instance; of its criterion by intersection and prediction; its distance to the nearest.
+BY_CENTER, BY_FALSE, BY_INTERSECTION, BY_PREDICTION, DISTANCE = range(5)
+SLOPES_COLUMNS = 5
+# The same of a sample: derivatives of the pixel term by intersection and prediction, of the instance terms by the
+# criterion of a label and of an output, of proximity by a criterion times its distance, and of the criterion of the
+# whole sample by intersection and prediction.
+PIXEL_BY_INTERSECTION, PIXEL_BY_PREDICTION, BY_LABEL, BY_OUTPUT, BY_DISTANCE = range(5)
+WHOLE_BY_INTERSECTION, WHOLE_BY_PREDICTION, SAMPLE_SLOPES_COLUMNS = 5, 6, 7
 # Lines of the sites of the CPU backend (int64), one column a voxel of the foreground of either side, in linear order:
 # its index in the batch (-1 from the first column that is not used), rows of its instances, bits of cpu/instances.py.
 SITE_LINES = 4
@@ -55,11 +78,10 @@ _SCHEMAS = {
     # x float32 or float64, labels of any real dtype but half, precomputed ids (int64, 0 outside y) or none
     # -> sites: where the instances are, as the same backend's operators below want it; sums (B, 3) float64 of u * w,
     # phi(u, w) and truth w of the pixel term, zeros with pixel=-1; health, 0-d float64: 1, or NaN if any x is NaN or
-    # infinite; and counts (2 B,) int32 and geometry, as in find_instances, outputs before labels: (2 B, capacity, 10),
-    # or with ids one tensor a side. The codes are those above
+    # infinite; counts (3, B) int32 (outputs, kept outputs, labels) and geometry (2 B, capacity, 10) int64
     "find": "(Tensor x, Tensor labels, Tensor? ids, int activation, float threshold, int pixel, int pixel_quantity,"
-    " int num_iterations, int min_size, int out_capacity, int lab_capacity)"
-    " -> (Tensor[], Tensor, Tensor, Tensor, Tensor[])",
+    " int num_iterations, int min_size, int max_kept, float too_many, int capacity)"
+    " -> (Tensor[], Tensor, Tensor, Tensor, Tensor)",
     # sites -> foreground of the outputs and y, bool, and the two row maps, int32, as volumes
     "row_maps": "(Tensor x, Tensor[] sites) -> (Tensor, Tensor, Tensor, Tensor)",
     # mask bool -> ids int32: largest linear index + 1 of the component (0 rounds: whole components), 0 = background
@@ -69,30 +91,36 @@ _SCHEMAS = {
     "find_instances": "(Tensor mask, int num_iterations, int min_size, int capacity) -> (Tensor, Tensor, Tensor)",
     # the same from given ids (an integer dtype, any positive number): instances are the sets of equal ids
     "number_instances": "(Tensor ids, int min_size, int capacity) -> (Tensor, Tensor, Tensor)",
-    # kept (B,) int32: outputs 1..kept are used individually
-    # -> output sums (B, out_capacity, 5), label sums (B, lab_capacity, 5), sample sums (B, 3; read only of samples
-    #    without labels or kept outputs), all float64, and pairs (B, pair_capacity) int64: each (kept output row, label
-    #    row) that touch, once, as out << 32 | lab (rows counted from 1); 0 = no pair; any order
-    "sum_instances": "(Tensor x, Tensor[] sites, Tensor kept, int activation, int quantity, bool no_tp,"
-    " int out_capacity, int lab_capacity, int pair_capacity) -> (Tensor, Tensor, Tensor, Tensor)",
-    # gradients of the three tables, and of the sums of the pixel term -> gradient of x, of its shape and dtype
-    "sum_instances_backward": "(Tensor grad_out_sums, Tensor grad_lab_sums, Tensor grad_sample_sums,"
-    " Tensor grad_pixel_sums, Tensor x, Tensor labels, Tensor[] sites, Tensor kept, int activation, int quantity,"
-    " bool no_tp, int pixel, int pixel_quantity) -> Tensor",
-    # values (B, R) float64 of one side -> for each row of the other side, the sum over the rows it is paired with
-    "sum_neighbours": "(Tensor values, Tensor pairs, bool to_labels, int capacity) -> Tensor",
-    # centre boxes of outputs 1..kept and labels 1..n -> owned (B, out_capacity, 2) int64: voxels whose box of largest
-    # row is this output's, outside [0] and inside [1] the label boxes; alone (B,) int64: voxels of label boxes only
-    "center_overlaps": "(Tensor out_geometry, Tensor lab_geometry, Tensor kept, Tensor num_labels, int[3] shape,"
-    " int[3] offsets) -> (Tensor, Tensor)",
+    # -> sums (2 B, capacity, 5) and sample sums (B, 3; read only of samples without labels or kept outputs), float64,
+    #    and the pairs (kept output, label) that touch, for which there is room for pair_capacity (a power of two), as
+    #    the same backend's backward wants them
+    "sum_instances": "(Tensor x, Tensor[] sites, Tensor counts, Tensor geometry, int activation, int quantity,"
+    " bool no_tp, int pair_capacity) -> (Tensor, Tensor, Tensor)",
+    # gradients of both sums, and of those of the pixel term -> gradient of x, of its shape and dtype
+    "sum_instances_backward": "(Tensor grad_sums, Tensor grad_sample_sums, Tensor grad_pixel_sums, Tensor x,"
+    " Tensor labels, Tensor[] sites, Tensor pairs, Tensor counts, int activation, int quantity, bool no_tp, int pixel,"
+    " int pixel_quantity) -> Tensor",
+    # results of the other operators; without owned or distances there is no center or proximity, and without values
+    # (2 B, capacity) of the criterion these follow from the sums. Samples belong to classes in turns, and instances are
+    # averaged class by class: over those of the batch, or over totals (2, classes) float64 of kept outputs and labels
+    # -> terms (7,) float64, slopes of instances (2 B, capacity, 5; of a side without any, row 0) and samples (B, 7)
+    "terms": "(Tensor sums, Tensor sample_sums, Tensor pixel_sums, Tensor health, Tensor counts, Tensor geometry,"
+    " Tensor? owned, Tensor? distances, Tensor? values, Tensor? totals, float[] numbers, int classes, int reduction,"
+    " bool rates)"
+    " -> (Tensor, Tensor, Tensor)",
+    # gradients of the terms; with masses those that the surrogate adds, with values those of the criterion
+    # -> gradients of sums (2 B, capacity, 3), of sample sums (B, 2), and of those of the pixel term (B, 2)
+    "terms_backward": "(Tensor grad_terms, Tensor slopes, Tensor sample_slopes, Tensor counts, bool masses,"
+    " bool values) -> (Tensor, Tensor, Tensor)",
+    # centre boxes of kept outputs and labels -> owned (2 B, capacity, 2) int64: voxels of which an instance has the
+    # largest row of all boxes of its side, outside [0] and inside [1] the boxes of the other side
+    "center_overlaps": "(Tensor geometry, Tensor counts, int[3] shape, int[3] offsets) -> Tensor",
     # the same as volumes: owner (B, D, H, W) int32 = largest output row whose box covers the voxel, 0 = none;
     # covered (B, D, H, W) bool = inside a label box
-    "center_volumes": "(Tensor out_geometry, Tensor lab_geometry, Tensor kept, Tensor num_labels, int[3] shape,"
-    " int[3] offsets) -> (Tensor, Tensor)",
-    # extended boxes -> for each output (1..kept) the smallest DIoU to a label, and for each label to an output,
-    # (B, out_capacity) and (B, lab_capacity) float64, 0 in unused rows. A side with count 0 is one box in the middle.
-    "proximity_minima": "(Tensor out_geometry, Tensor lab_geometry, Tensor kept, Tensor num_labels, int[3] shape,"
-    " bool planar) -> (Tensor, Tensor)",
+    "center_volumes": "(Tensor geometry, Tensor counts, int[3] shape, int[3] offsets) -> (Tensor, Tensor)",
+    # extended boxes of kept outputs and labels -> the smallest DIoU of each to one of the other side, (2 B, capacity)
+    # float64; a side without any is one box in the middle, in row 0
+    "proximity_minima": "(Tensor geometry, Tensor counts, int[3] shape, bool planar) -> Tensor",
 }
 
 
@@ -140,7 +168,8 @@ _ROOMS = {
     "number_instances": "components",
     "sum_instances": "tables",
     "sum_instances_backward": "tables",
-    "sum_neighbours": "tables",
+    "terms": "terms",
+    "terms_backward": "terms",
     "center_overlaps": "centers",
     "center_volumes": "centers",
     "proximity_minima": "proximity",
@@ -171,21 +200,21 @@ def _fake_find(
     pixel_quantity: int,
     num_iterations: int,
     min_size: int,
-    out_capacity: int,
-    lab_capacity: int,
-) -> tuple[list[Tensor], Tensor, Tensor, Tensor, list[Tensor]]:
+    max_kept: int,
+    too_many: float,
+    capacity: int,
+) -> tuple[list[Tensor], Tensor, Tensor, Tensor, Tensor]:
     batch, *shape = x.shape
     if backend(x) == "cpu":
         sites = [x.new_empty((SITE_LINES, x.numel()), dtype=torch.int64)]
     else:
         sites = [x.new_empty((2 * batch, *shape), dtype=dtype) for dtype in (torch.bool, torch.int32)]
-    sides = [(2 * batch, out_capacity)] if ids is None else [(batch, out_capacity), (batch, lab_capacity)]
     return (
         sites,
         x.new_empty((batch, SAMPLE_COLUMNS), dtype=torch.float64),
         x.new_empty((), dtype=torch.float64),
-        x.new_empty((2 * batch,), dtype=torch.int32),
-        [x.new_empty((*side, GEOMETRY_COLUMNS), dtype=torch.int64) for side in sides],
+        x.new_empty((COUNTS, batch), dtype=torch.int32),
+        x.new_empty((2 * batch, capacity, GEOMETRY_COLUMNS), dtype=torch.int64),
     )
 
 
@@ -217,32 +246,30 @@ def _fake_number_instances(ids: Tensor, min_size: int, capacity: int) -> tuple[T
 def _fake_sum_instances(
     x: Tensor,
     sites: list[Tensor],
-    kept: Tensor,
+    counts: Tensor,
+    geometry: Tensor,
     activation: int,
     quantity: int,
     no_tp: bool,
-    out_capacity: int,
-    lab_capacity: int,
     pair_capacity: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     batch = x.shape[0]
     return (
-        x.new_empty((batch, out_capacity, SUMS_COLUMNS), dtype=torch.float64),
-        x.new_empty((batch, lab_capacity, SUMS_COLUMNS), dtype=torch.float64),
+        x.new_empty((*geometry.shape[:2], SUMS_COLUMNS), dtype=torch.float64),
         x.new_empty((batch, SAMPLE_COLUMNS), dtype=torch.float64),
-        x.new_empty((batch, pair_capacity), dtype=torch.int64),
+        x.new_empty((batch, 0 if backend(x) == "cpu" else pair_capacity), dtype=torch.int64),
     )
 
 
 def _fake_sum_instances_backward(
-    grad_out_sums: Tensor,
-    grad_lab_sums: Tensor,
+    grad_sums: Tensor,
     grad_sample_sums: Tensor,
     grad_pixel_sums: Tensor,
     x: Tensor,
     labels: Tensor,
     sites: list[Tensor],
-    kept: Tensor,
+    pairs: Tensor,
+    counts: Tensor,
     activation: int,
     quantity: int,
     no_tp: bool,
@@ -252,31 +279,47 @@ def _fake_sum_instances_backward(
     return x.new_empty(x.shape)
 
 
-def _fake_sum_neighbours(values: Tensor, pairs: Tensor, to_labels: bool, capacity: int) -> Tensor:
-    return values.new_empty((values.shape[0], capacity))
+def _fake_terms(
+    sums: Tensor,
+    sample_sums: Tensor,
+    pixel_sums: Tensor,
+    health: Tensor,
+    counts: Tensor,
+    geometry: Tensor,
+    owned: Tensor | None,
+    distances: Tensor | None,
+    values: Tensor | None,
+    totals: Tensor | None,
+    numbers: list[float],
+    classes: int,
+    reduction: int,
+    rates: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    slopes = sums.new_empty((*sums.shape[:2], SLOPES_COLUMNS))
+    return sums.new_empty((PROXIMITY + 1,)), slopes, sums.new_empty((sample_sums.shape[0], SAMPLE_SLOPES_COLUMNS))
 
 
-def _fake_center_overlaps(
-    out_geometry: Tensor, lab_geometry: Tensor, kept: Tensor, num_labels: Tensor, shape: list[int], offsets: list[int]
-) -> tuple[Tensor, Tensor]:
-    batch, rows, _ = out_geometry.shape
-    return out_geometry.new_empty((batch, rows, 2)), out_geometry.new_empty((batch,))
+def _fake_terms_backward(
+    grad_terms: Tensor, slopes: Tensor, sample_slopes: Tensor, counts: Tensor, masses: bool, values: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    of_samples = (sample_slopes.shape[0], SAMPLE_GRADIENT_COLUMNS)
+    grads = slopes.new_empty((*slopes.shape[:2], GRADIENT_COLUMNS))
+    return grads, slopes.new_empty(of_samples), slopes.new_empty(of_samples)
+
+
+def _fake_center_overlaps(geometry: Tensor, counts: Tensor, shape: list[int], offsets: list[int]) -> Tensor:
+    return geometry.new_empty((*geometry.shape[:2], 2))
 
 
 def _fake_center_volumes(
-    out_geometry: Tensor, lab_geometry: Tensor, kept: Tensor, num_labels: Tensor, shape: list[int], offsets: list[int]
+    geometry: Tensor, counts: Tensor, shape: list[int], offsets: list[int]
 ) -> tuple[Tensor, Tensor]:
-    volume = (out_geometry.shape[0], *shape)
-    return out_geometry.new_empty(volume, dtype=torch.int32), out_geometry.new_empty(volume, dtype=torch.bool)
+    volume = (counts.shape[1], *shape)
+    return geometry.new_empty(volume, dtype=torch.int32), geometry.new_empty(volume, dtype=torch.bool)
 
 
-def _fake_proximity_minima(
-    out_geometry: Tensor, lab_geometry: Tensor, kept: Tensor, num_labels: Tensor, shape: list[int], planar: bool
-) -> tuple[Tensor, Tensor]:
-    return (
-        out_geometry.new_empty(out_geometry.shape[:2], dtype=torch.float64),
-        lab_geometry.new_empty(lab_geometry.shape[:2], dtype=torch.float64),
-    )
+def _fake_proximity_minima(geometry: Tensor, counts: Tensor, shape: list[int], planar: bool) -> Tensor:
+    return geometry.new_empty(geometry.shape[:2], dtype=torch.float64)
 
 
 for _name, _schema in _SCHEMAS.items():
@@ -292,7 +335,8 @@ find_instances = torch.ops.triton_instance_loss.find_instances.default
 number_instances = torch.ops.triton_instance_loss.number_instances.default
 sum_instances = torch.ops.triton_instance_loss.sum_instances.default
 sum_instances_backward = torch.ops.triton_instance_loss.sum_instances_backward.default
-sum_neighbours = torch.ops.triton_instance_loss.sum_neighbours.default
+terms = torch.ops.triton_instance_loss.terms.default
+terms_backward = torch.ops.triton_instance_loss.terms_backward.default
 center_overlaps = torch.ops.triton_instance_loss.center_overlaps.default
 center_volumes = torch.ops.triton_instance_loss.center_volumes.default
 proximity_minima = torch.ops.triton_instance_loss.proximity_minima.default

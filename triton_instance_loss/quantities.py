@@ -46,6 +46,17 @@ def phi_derivative(code: int, u: Tensor, w: Tensor | float) -> Tensor:
     return (u - w) / (u * (1.0 - u)).clamp(min=1e-12)
 
 
+def of_numbers(code: int, u: float, w: float) -> tuple[float, float]:
+    """`phi` and its derivative of two numbers; not the cross entropy, which knows no predictions above 1."""
+    if code == MASS:
+        return u, 1.0
+    if code == SQUARE:
+        return u * u, 2.0 * u
+    if code == ABSOLUTE_ERROR:
+        return abs(u - w), float(u > w) - float(u < w)
+    return (u - w) ** 2, 2.0 * (u - w)
+
+
 def truth(code: int, w: float) -> float:
     """What a true voxel of height `w` adds to the label sum of a criterion: its square if predictions are squared."""
     return w * w if code == SQUARE else w

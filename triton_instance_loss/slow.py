@@ -29,8 +29,8 @@ def volumes(x: Tensor, found: Found, options: Options) -> Volumes:
     return Volumes(activated(x, foreground, options), y, out_rows, lab_rows)
 
 
-def instance_values(volumes: Volumes, found: Found, criterion: Criterion, options: Options) -> tuple[Tensor, Tensor]:
-    """The criterion of each label and of each kept output, from one pair of volumes an instance; (B, rows) float64.
+def instance_values(volumes: Volumes, found: Found, criterion: Criterion, options: Options) -> Tensor:
+    """The criterion of each kept output and of each label, from one pair of volumes an instance; (2 B, rows) float64.
 
     A sample without labels, or without usable outputs, has the value of the whole sample in row 0 of that side.
     """
@@ -45,7 +45,7 @@ def instance_values(volumes: Volumes, found: Found, criterion: Criterion, option
     for sample in range(a.shape[0]):
         prediction, truth = a[sample], y[sample]
         out, lab = out_rows[sample], lab_rows[sample]
-        num_labels, num_kept = int(found.num_labels[sample]), int(found.kept[sample])
+        _, num_kept, num_labels = found.counts[:, sample].tolist()
         kept = (out > 0) & (out <= num_kept)
         values = []
         for row in range(1, num_labels + 1):
@@ -60,11 +60,8 @@ def instance_values(volumes: Volumes, found: Found, criterion: Criterion, option
             mine = out == row
             values.append(call(prediction * mine, torch.isin(lab, lab[mine & (lab > 0)].unique())))
         outputs.append(torch.stack(values) if values else call(prediction, truth)[None])
-    return _table(labels), _table(outputs)
-
-
-def _table(samples: list[Tensor]) -> Tensor:
-    return torch.nn.utils.rnn.pad_sequence(samples, batch_first=True)
+    rows = found.geometry.shape[1]
+    return torch.stack([torch.nn.functional.pad(each, (0, rows - len(each))) for each in outputs + labels])
 
 
 def center(
@@ -72,12 +69,12 @@ def center(
 ) -> Tensor:
     """The criterion on the two volumes of centre boxes of each sample."""
     a, (shape, offsets) = volumes.a, place
-    boxes = (found.out_geometry, found.lab_geometry, found.kept, found.num_labels)
-    owner, covered = ops.center_volumes(*boxes, shape, offsets)
+    owner, covered = ops.center_volumes(found.geometry, found.counts, shape, offsets)
     peak = 1.0 + options.smoother
     values = []
     for sample in range(owner.shape[0]):
-        sizes = torch.cat((found.out_geometry.new_ones(1), found.out_geometry[sample, :, ops.SIZE].clamp(min=1)))
+        sizes = found.geometry[sample, :, ops.SIZE]
+        sizes = torch.cat((sizes.new_ones(1), sizes.clamp(min=1)))
         rows = volumes.out_rows[sample].flatten().long()
         means = a.new_zeros(len(sizes)).index_add(0, rows, a[sample].flatten()) / sizes
         heights = straight_through(torch.full_like(means, peak), means, options)

@@ -121,7 +121,7 @@ def pixel_sums(x: Tensor, foreground: Foreground, activation: int, pixel: int, q
 def pixel_gradient(
     grads: Tensor, x: Tensor, foreground: Foreground, activation: int, pixel: int, quantity: int
 ) -> Tensor:
-    """Gradient of `x` from those of the sums of the pixel term, (B, 3)."""
+    """Gradient of `x` from those of the first two sums of the pixel term, (B, 2)."""
     # From NumPy, which asks the system for large pages: without them, touching new memory takes longer than all else.
     grad = torch.from_numpy(np.empty(x.shape, dtype=x.numpy().dtype))
     if pixel == NOT_FUSED or not bool(grads.any()):
@@ -142,7 +142,7 @@ def pixel_gradient(
         outputs = torch.from_numpy(foreground.out)
         flat[outputs] += (grads[:, 1] * more)[outputs // x[0].numel()].to(x.dtype)
     voxels, samples, u, truth = term.labelled()
-    by_intersection, by_cost_at, _ = grads[samples].unbind(1)
+    by_intersection, by_cost_at = grads[samples].unbind(1)
     by_u = by_intersection * truth
     if quantity not in (MASS, SQUARE):
         by_u += by_cost_at * (phi_derivative(quantity, u, truth) - phi_derivative(quantity, u, 0.0))

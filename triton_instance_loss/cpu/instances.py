@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..ops import SITE_LINES
@@ -54,29 +55,41 @@ def find(
     pixel_quantity: int,
     num_iterations: int,
     min_size: int,
-    out_capacity: int,
-    lab_capacity: int,
-) -> tuple[list[Tensor], Tensor, Tensor, Tensor, list[Tensor]]:
+    max_kept: int,
+    too_many: float,
+    capacity: int,
+) -> tuple[list[Tensor], Tensor, Tensor, Tensor, Tensor]:
     """Operator `find` (ops.py)."""
     foreground = find_foreground(x, labels, activation, threshold)
-    shape = tuple(x.shape)
+    (batch, *shape), search = x.shape, (num_iterations, min_size, capacity)
     if ids is None:
         # One labelling for both sides: outputs first, then labels.
         both = np.concatenate((foreground.out, foreground.lab + x.numel()))
-        rows, counts, both_geometry = find_rows(both, (2 * len(x), *shape[1:]), num_iterations, min_size, out_capacity)
+        rows, found, geometry = find_rows(both, (2 * batch, *shape), *search)
         out_rows, lab_rows = np.split(rows, [len(foreground.out)])
-        geometry = [both_geometry]
     else:
-        out_rows, out_counts, out_geometry = find_rows(foreground.out, shape, num_iterations, min_size, out_capacity)
+        out_rows, out_found, out_geometry = find_rows(foreground.out, (batch, *shape), *search)
         given = ids.numpy().reshape(-1)[foreground.lab]
         named = given != 0
-        rows, lab_counts, lab_geometry = number_rows(foreground.lab[named], given[named], shape, min_size, lab_capacity)
+        rows, lab_found, lab_geometry = number_rows(
+            foreground.lab[named], given[named], (batch, *shape), min_size, capacity
+        )
         lab_rows = np.zeros(len(given), dtype=np.int64)
         lab_rows[named] = rows
-        counts, geometry = torch.cat((out_counts, lab_counts)), [out_geometry, lab_geometry]
+        found = torch.cat((out_found, lab_found))
+        geometry = torch.nn.utils.rnn.pad_sequence([*out_geometry, *lab_geometry], batch_first=True)
     sums, health = pixel_sums(x, foreground, activation, pixel, pixel_quantity)
-    sites = torch.from_numpy(_merge(foreground, out_rows, lab_rows, x.numel() if out_capacity else 0))
-    return [sites], sums, health, counts, geometry
+    sites = torch.from_numpy(_merge(foreground, out_rows, lab_rows, x.numel() if capacity else 0))
+    return [sites], sums, health, _count(found.numpy(), max_kept, too_many), geometry
+
+
+def _count(found: NDArray[np.int32], max_kept: int, too_many: float) -> Tensor:
+    """Outputs, kept outputs and labels of each sample."""
+    outputs, labels = np.split(found, 2)
+    kept = np.minimum(outputs, max_kept) if max_kept else outputs
+    return torch.from_numpy(
+        np.stack((outputs, np.where((labels > 0) & (outputs > labels * too_many), 0, kept), labels))
+    )
 
 
 def _merge(foreground: Foreground, out_rows: Indices, lab_rows: Indices, padded: int) -> Indices:

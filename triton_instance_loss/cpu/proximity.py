@@ -5,7 +5,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..ops import HIGHS, LOWS
+from ..ops import HIGHS, KEPT, LOWS
 
 BOXES_AT_ONCE = 256  # output boxes compared with all label boxes in one go: bounds the memory of the distances
 
@@ -13,25 +13,23 @@ Numbers = NDArray[np.float64]
 Boxes = tuple[Numbers, Numbers, Numbers]  # low, high (exclusive) and centre, each (axes, boxes)
 
 
-def proximity_minima(
-    out_geometry: Tensor, lab_geometry: Tensor, kept: Tensor, num_labels: Tensor, shape: list[int], planar: bool
-) -> tuple[Tensor, Tensor]:
+def proximity_minima(geometry: Tensor, counts: Tensor, shape: list[int], planar: bool) -> Tensor:
     """Operator `proximity_minima` (ops.py)."""
-    for_outputs = np.zeros(out_geometry.shape[:2])
-    for_labels = np.zeros(lab_geometry.shape[:2])
+    minima = np.zeros(geometry.shape[:2])
     axes = slice(1, 3) if planar else slice(0, 3)
-    for sample in range(len(kept)):
-        out = _extended_boxes(out_geometry[sample], int(kept[sample]), shape, axes)
-        lab = _extended_boxes(lab_geometry[sample], int(num_labels[sample]), shape, axes)
+    batch = counts.shape[1]
+    for sample, (kept, num_labels) in enumerate(counts[KEPT:].T.tolist()):
+        out = _extended_boxes(geometry[sample], kept, shape, axes)
+        lab = _extended_boxes(geometry[batch + sample], num_labels, shape, axes)
         count = out[0].shape[1]
-        nearest_output = for_labels[sample, : lab[0].shape[1]]
-        nearest_output.fill(np.inf)
+        of_outputs, of_labels = minima[sample], minima[batch + sample, : lab[0].shape[1]]
+        of_labels.fill(np.inf)
         for start in range(0, count, BOXES_AT_ONCE):
             part = slice(start, min(start + BOXES_AT_ONCE, count))
             distances = _distances((out[0][:, part], out[1][:, part], out[2][:, part]), lab)
-            for_outputs[sample, part] = distances.min(1)
-            np.minimum(nearest_output, distances.min(0), out=nearest_output)
-    return torch.from_numpy(for_outputs), torch.from_numpy(for_labels)
+            of_outputs[part] = distances.min(1)
+            np.minimum(of_labels, distances.min(0), out=of_labels)
+    return torch.from_numpy(minima)
 
 
 def _extended_boxes(geometry: Tensor, count: int, shape: list[int], axes: slice) -> Boxes:

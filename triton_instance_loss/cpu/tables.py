@@ -1,4 +1,4 @@
-"""Sums over instances on the CPU: `sum_instances`, its backward, and `sum_neighbours` of ops.py."""
+"""Sums over instances on the CPU: `sum_instances` and its backward of ops.py."""
 
 from typing import Any
 
@@ -8,9 +8,22 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .. import quantities
-from ..ops import COST, EXCESS, INTERSECTION, MASS, NONE, OVERLAP, SAMPLE_COLUMNS, SUMS_COLUMNS, TOUCHED
+from ..ops import (
+    COST,
+    INTERSECTION,
+    KEPT,
+    LABEL,
+    MASS,
+    NONE,
+    OVERLAP,
+    SAMPLE_COLUMNS,
+    SAMPLE_GRADIENT_COLUMNS,
+    SIZE,
+    SUMS_COLUMNS,
+    TOUCHED,
+)
 from ..quantities import phi, phi_derivative
-from .activation import pixel_gradient, slope
+from .activation import Indices, pixel_gradient, slope
 from .instances import LAB, OUT, Sites, row_maps
 
 
@@ -39,9 +52,9 @@ class _Pairs:
         self.a = torch.from_numpy(values)
         self.y = torch.from_numpy((sites.bits & LAB) != 0)
 
-    def kept(self, kept: Tensor) -> NDArray[np.bool_]:
+    def kept(self, kept: NDArray[np.int32]) -> NDArray[np.bool_]:
         """Which pairs lie inside a kept output."""
-        inside: NDArray[np.bool_] = (self.out > 0) & (self.out <= kept.numpy()[self.sample])
+        inside: NDArray[np.bool_] = (self.out > 0) & (self.out <= kept[self.sample])
         return inside
 
     def sum(self, values: Tensor) -> NDArray[Any]:
@@ -49,20 +62,21 @@ class _Pairs:
         sums: NDArray[Any] = np.bincount(self.of_voxel, weights=values.numpy(), minlength=len(self.sizes))
         return sums
 
-    def table(self, side: NDArray[np.int64], capacity: int, batch: int, columns: dict[int, NDArray[Any]]) -> Tensor:
-        """Sum pairs over each row of one side, one column a quantity, (B, capacity, columns)."""
-        table = np.zeros((batch * capacity, SUMS_COLUMNS))
-        here = np.flatnonzero(side)
-        at = self.sample[here] * capacity + side[here] - 1
-        for column, values in columns.items():
-            table[:, column] = np.bincount(at, weights=values[here], minlength=len(table))
-        return torch.from_numpy(table).view(batch, capacity, SUMS_COLUMNS)
+    def met(self, kept: NDArray[np.int32]) -> Indices:
+        """The pairs of a kept output and a label that touch."""
+        return np.flatnonzero(self.kept(kept) & (self.lab > 0) & (self.sizes > 0))
 
-    def gather(self, side: NDArray[np.int64], table: Tensor) -> NDArray[np.float64]:
+    def by_row(self, side: Indices, values: NDArray[Any], capacity: int, batch: int) -> NDArray[np.float64]:
+        """Values of pairs, summed over each row of one side, (B, capacity); pairs without a row there are left out."""
+        at = self.sample * (capacity + 1) + side
+        sums: NDArray[Any] = np.bincount(at, weights=values, minlength=batch * (capacity + 1))
+        return sums.reshape(batch, capacity + 1)[:, 1:]
+
+    def gather(self, side: Indices, table: NDArray[np.float64]) -> NDArray[np.float64]:
         """For each pair, its row of `table` (B, capacity, columns), zeros where it has none: (columns, pairs)."""
         batch, capacity, columns = table.shape
         padded = np.zeros((batch, capacity + 1, columns))
-        padded[:, 1:] = table.numpy()
+        padded[:, 1:] = table
         gathered: NDArray[np.float64] = padded[self.sample, side].T
         return gathered
 
@@ -70,18 +84,17 @@ class _Pairs:
 def sum_instances(
     x: Tensor,
     sites: list[Tensor],
-    kept: Tensor,
+    counts: Tensor,
+    geometry: Tensor,
     activation: int,
     quantity: int,
     no_tp: bool,
-    out_capacity: int,
-    lab_capacity: int,
     pair_capacity: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Operator `sum_instances` (ops.py)."""
     read = Sites.read(sites[0])
-    pairs = _Pairs(x, read, activation)
-    batch = len(x)
+    pairs, kept = _Pairs(x, read, activation), counts[KEPT].numpy()
+    batch, capacity = len(x), geometry.shape[1]
     inside, on_label = pairs.kept(kept), pairs.lab > 0
     mass = pairs.sum(pairs.a)
     if quantity == quantities.MASS:  # phi is a itself
@@ -95,31 +108,33 @@ def sum_instances(
     else:
         excess = at_nothing
         cost = at_label - at_nothing
+    met = pairs.met(kept)
+    sizes = np.zeros(len(mass))
+    sizes[met] = geometry.numpy()[batch + pairs.sample[met], pairs.lab[met] - 1, SIZE]
+    brought = np.zeros(len(mass))
+    brought[met] = pairs.by_row(pairs.out, excess, capacity, batch)[pairs.sample[met], pairs.out[met] - 1]
     out_columns = {
         MASS: mass,
         INTERSECTION: np.where(on_label, mass, 0.0),
         COST: np.where(on_label, at_label, at_nothing),
-        EXCESS: excess,
+        LABEL: sizes,
         OVERLAP: np.where(on_label, pairs.sizes, 0),
     }
     lab_columns = {
         MASS: mass,
         INTERSECTION: np.where(inside, mass, 0.0),
-        COST: np.where(inside, cost, 0.0),
+        COST: np.where(inside, cost, 0.0) + brought,
         TOUCHED: np.where(pairs.out > 0, pairs.sizes, 0),
         OVERLAP: np.where(inside, pairs.sizes, 0),
     }
-    touching = torch.zeros((batch, pair_capacity), dtype=torch.int64)
-    met = inside & on_label & (pairs.sizes > 0)
-    for sample in range(batch):
-        mine = met & (pairs.sample == sample)
-        touching[sample, : np.count_nonzero(mine)] = torch.from_numpy(pairs.out[mine] << 32 | pairs.lab[mine])
-    return (
-        pairs.table(pairs.out, out_capacity, batch, out_columns),
-        pairs.table(pairs.lab, lab_capacity, batch, lab_columns),
-        _sample_sums(x, read, pairs, activation, quantity),
-        touching,
-    )
+
+    sums = np.empty((2 * batch, capacity, SUMS_COLUMNS))
+    for column in range(SUMS_COLUMNS):
+        sums[:batch, :, column] = pairs.by_row(pairs.out, out_columns[column], capacity, batch)
+        sums[batch:, :, column] = pairs.by_row(pairs.lab, lab_columns[column], capacity, batch)
+    sample_sums = _sample_sums(x, read, pairs, activation, quantity)
+    # The backward makes the pairs anew.
+    return torch.from_numpy(sums), sample_sums, torch.empty((batch, 0), dtype=torch.int64)
 
 
 def _sample_sums(x: Tensor, sites: Sites, pairs: _Pairs, activation: int, quantity: int) -> Tensor:
@@ -137,14 +152,14 @@ def _sample_sums(x: Tensor, sites: Sites, pairs: _Pairs, activation: int, quanti
 
 
 def sum_instances_backward(
-    grad_out_sums: Tensor,
-    grad_lab_sums: Tensor,
+    grad_sums: Tensor,
     grad_sample_sums: Tensor,
     grad_pixel_sums: Tensor,
     x: Tensor,
     labels: Tensor,
     sites: list[Tensor],
-    kept: Tensor,
+    pairs: Tensor,
+    counts: Tensor,
     activation: int,
     quantity: int,
     no_tp: bool,
@@ -157,44 +172,40 @@ def sum_instances_backward(
     if bool(grad_sample_sums.any()):
         _, y, _, _ = maps = row_maps(x, sites)
         a = x if activation == NONE else maps[0].to(x.dtype)
-        by_intersection, by_cost, _ = grad_sample_sums.view(len(x), SAMPLE_COLUMNS, 1, 1, 1).unbind(1)
+        by_intersection, by_cost = grad_sample_sums.view(len(x), SAMPLE_GRADIENT_COLUMNS, 1, 1, 1).unbind(1)
         by_whole = by_intersection * y + by_cost * phi_derivative(quantity, a, y.to(x.dtype))
         # Other samples are left out: zero times a slope that is not finite would be NaN.
         some = grad_sample_sums.any(1)
         grad[some] += (by_whole * slope(x, activation))[some].to(x.dtype)
 
-    pairs = _Pairs(x, read, activation)
-    inside, on_label = pairs.kept(kept), pairs.lab > 0
-    out = pairs.gather(pairs.out, grad_out_sums)
-    lab = pairs.gather(pairs.lab, grad_lab_sums)
+    groups, kept = _Pairs(x, read, activation), counts[KEPT].numpy()
+    inside, on_label = groups.kept(kept), groups.lab > 0
+    out, lab = (
+        groups.gather(*side) for side in zip((groups.out, groups.lab), np.split(grad_sums.numpy(), 2), strict=True)
+    )
     # What each pair multiplies 1, phi'(a, 1), phi'(a, 0) and the derivative of the excess by.
     cost = np.where(inside, lab[COST], 0.0)
     constant = out[MASS] + lab[MASS] + np.where(on_label, out[INTERSECTION], 0.0)
     constant += np.where(inside, lab[INTERSECTION], 0.0)
     of_label = np.where(on_label, out[COST], 0.0) + cost
     of_nothing = np.where(on_label, 0.0, out[COST])
+    met = groups.met(kept)
+    brought = np.zeros(len(cost))
+    brought[met] = lab[COST][met]
+    brought = groups.by_row(groups.out, brought, grad_sums.shape[1], len(x))[:, :, None]
+    (excess,) = groups.gather(groups.out, brought)
     if not no_tp:
-        of_nothing += out[EXCESS] - cost
+        of_nothing += excess - cost
 
     if quantity == quantities.MASS:  # both derivatives are 1
-        by_a = torch.from_numpy((constant + of_label + of_nothing)[pairs.of_voxel])
+        by_a = torch.from_numpy((constant + of_label + of_nothing)[groups.of_voxel])
     else:
-        by_a = torch.from_numpy(constant[pairs.of_voxel])
-        by_a += torch.from_numpy(of_label[pairs.of_voxel]) * phi_derivative(quantity, pairs.a, 1.0)
-        by_a += torch.from_numpy(of_nothing[pairs.of_voxel]) * phi_derivative(quantity, pairs.a, 0.0)
+        by_a = torch.from_numpy(constant[groups.of_voxel])
+        by_a += torch.from_numpy(of_label[groups.of_voxel]) * phi_derivative(quantity, groups.a, 1.0)
+        by_a += torch.from_numpy(of_nothing[groups.of_voxel]) * phi_derivative(quantity, groups.a, 0.0)
     if no_tp:
-        excess = phi_derivative(quantity, pairs.a * pairs.a, 0.0) * pairs.a
-        by_a += torch.from_numpy(out[EXCESS][pairs.of_voxel]) * excess.masked_fill(pairs.y, 0.0)
-    by_a *= slope(torch.from_numpy(x.numpy().reshape(-1)[pairs.voxels]), activation)
-    grad.numpy().reshape(-1)[pairs.voxels] += by_a.numpy()
+        slope_of_excess = phi_derivative(quantity, groups.a * groups.a, 0.0) * groups.a
+        by_a += torch.from_numpy(excess[groups.of_voxel]) * slope_of_excess.masked_fill(groups.y, 0.0)
+    by_a *= slope(torch.from_numpy(x.numpy().reshape(-1)[groups.voxels]), activation)
+    grad.numpy().reshape(-1)[groups.voxels] += by_a.numpy()
     return grad
-
-
-def sum_neighbours(values: Tensor, pairs: Tensor, to_labels: bool, capacity: int) -> Tensor:
-    """Operator `sum_neighbours` (ops.py)."""
-    sample, slot = pairs.nonzero(as_tuple=True)
-    keys = pairs[sample, slot]
-    out, lab = (keys >> 32) - 1, (keys & 0xFFFFFFFF) - 1
-    source, target = (out, lab) if to_labels else (lab, out)
-    sums = torch.zeros((values.shape[0], capacity), dtype=values.dtype)
-    return sums.index_put_((sample, target), values[sample, source], accumulate=True)

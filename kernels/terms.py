@@ -1,0 +1,429 @@
+"""The terms and their slopes from sums over instances, and gradients of those sums.
+
+With I, P and L the intersection, prediction and label of a criterion, n its four numbers above and m below the line,
+
+    v = (n0 I + n1 P + n2 L + n3) / (m0 I + m1 P + m2 L + m3),   dv / dI = (n0 - v m0) / below,   dv / dP likewise.
+
+For a label, I = INTERSECTION, L = its size; for a kept output, I = INTERSECTION, L = LABEL; and P = COST + missing
+(L - OVERLAP), where missing = phi(0, 1). A side of a sample without rows has the value of the whole sample in row 0.
+
+1. `_terms_kernel`, one program a sample: it goes over the rows of both sides, up to the counts, which only the device
+   knows. It adds up what they contribute to the terms, and writes the slopes of each row.
+2. `_terms_backward_kernel`: with g the gradients of the terms, D the distances and w the weights of a sample,
+
+       dv_l = g.instance_label w_l + g.proximity s D_l,    dv_o = g.instance_output w_o - g.proximity s D_o,
+       s = 2 / B (sum D_l v_l - sum D_o v_o),
+
+   and from there by the slopes to MASS, INTERSECTION and COST of each row.
+
+Deterministic: sums of a sample are added in a fixed order. All is float64. Bytes a voxel: none; 200 for each
+instance, 100 in the backward.
+"""
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import ops
+from .blocks import block_size, table_programs
+
+GEOMETRY_COLUMNS: tl.constexpr = tl.constexpr(ops.GEOMETRY_COLUMNS)
+SIZE: tl.constexpr = tl.constexpr(ops.SIZE)
+SUMS_COLUMNS: tl.constexpr = tl.constexpr(ops.SUMS_COLUMNS)
+SAMPLE_COLUMNS: tl.constexpr = tl.constexpr(ops.SAMPLE_COLUMNS)
+MASS: tl.constexpr = tl.constexpr(ops.MASS)
+INTERSECTION: tl.constexpr = tl.constexpr(ops.INTERSECTION)
+COST: tl.constexpr = tl.constexpr(ops.COST)
+LABEL: tl.constexpr = tl.constexpr(ops.LABEL)
+TOUCHED: tl.constexpr = tl.constexpr(ops.TOUCHED)
+OVERLAP: tl.constexpr = tl.constexpr(ops.OVERLAP)
+GRADIENT_COLUMNS: tl.constexpr = tl.constexpr(ops.GRADIENT_COLUMNS)
+SAMPLE_GRADIENT_COLUMNS: tl.constexpr = tl.constexpr(ops.SAMPLE_GRADIENT_COLUMNS)
+
+OUTPUTS: tl.constexpr = tl.constexpr(ops.OUTPUTS)
+KEPT: tl.constexpr = tl.constexpr(ops.KEPT)
+LABELS: tl.constexpr = tl.constexpr(ops.LABELS)
+PIXEL: tl.constexpr = tl.constexpr(ops.PIXEL)
+INSTANCE_LABEL: tl.constexpr = tl.constexpr(ops.INSTANCE_LABEL)
+INSTANCE_OUTPUT: tl.constexpr = tl.constexpr(ops.INSTANCE_OUTPUT)
+CENTER: tl.constexpr = tl.constexpr(ops.CENTER)
+FALSE_INSTANCES: tl.constexpr = tl.constexpr(ops.FALSE_INSTANCES)
+MISSED_INSTANCES: tl.constexpr = tl.constexpr(ops.MISSED_INSTANCES)
+PROXIMITY: tl.constexpr = tl.constexpr(ops.PROXIMITY)
+TERMS: tl.constexpr = tl.constexpr(ops.PROXIMITY + 1)
+
+PIXEL_RATIO: tl.constexpr = tl.constexpr(ops.PIXEL_RATIO)
+INSTANCE_RATIO: tl.constexpr = tl.constexpr(ops.INSTANCE_RATIO)
+MISSING: tl.constexpr = tl.constexpr(ops.MISSING)
+CENTER_RATIO: tl.constexpr = tl.constexpr(ops.CENTER_RATIO)
+CENTER_SLOPES: tl.constexpr = tl.constexpr(ops.CENTER_SLOPES)
+SMOOTHER: tl.constexpr = tl.constexpr(ops.SMOOTHER)
+BY_INSTANCE: tl.constexpr = tl.constexpr(ops.BY_INSTANCE)
+BY_MEAN: tl.constexpr = tl.constexpr(ops.BY_MEAN)
+
+BY_CENTER: tl.constexpr = tl.constexpr(ops.BY_CENTER)
+BY_FALSE: tl.constexpr = tl.constexpr(ops.BY_FALSE)
+BY_INTERSECTION: tl.constexpr = tl.constexpr(ops.BY_INTERSECTION)
+BY_PREDICTION: tl.constexpr = tl.constexpr(ops.BY_PREDICTION)
+DISTANCE: tl.constexpr = tl.constexpr(ops.DISTANCE)
+SLOPES_COLUMNS: tl.constexpr = tl.constexpr(ops.SLOPES_COLUMNS)
+PIXEL_BY_INTERSECTION: tl.constexpr = tl.constexpr(ops.PIXEL_BY_INTERSECTION)
+PIXEL_BY_PREDICTION: tl.constexpr = tl.constexpr(ops.PIXEL_BY_PREDICTION)
+BY_LABEL: tl.constexpr = tl.constexpr(ops.BY_LABEL)
+BY_OUTPUT: tl.constexpr = tl.constexpr(ops.BY_OUTPUT)
+BY_DISTANCE: tl.constexpr = tl.constexpr(ops.BY_DISTANCE)
+WHOLE_BY_INTERSECTION: tl.constexpr = tl.constexpr(ops.WHOLE_BY_INTERSECTION)
+WHOLE_BY_PREDICTION: tl.constexpr = tl.constexpr(ops.WHOLE_BY_PREDICTION)
+SAMPLE_SLOPES_COLUMNS: tl.constexpr = tl.constexpr(ops.SAMPLE_SLOPES_COLUMNS)
+
+# One lane a thread: samples rarely have more instances, and the float64 arithmetic wants the registers.
+ROWS_BLOCK = 128
+# Samples whose counts are added at once.
+SAMPLES_BLOCK: tl.constexpr = tl.constexpr(32)
+
+
+@triton.jit
+def _linear(numbers_ptr, first, second, third):
+    """A linear function of three sums: what each is multiplied by, and a constant."""
+    sums = tl.load(numbers_ptr) * first + tl.load(numbers_ptr + 1) * second
+    return sums + tl.load(numbers_ptr + 2) * third + tl.load(numbers_ptr + 3)
+
+
+@triton.jit
+def _criterion(numbers_ptr, intersection, prediction, label, used):
+    """A ratio of two linear functions, and its derivatives by intersection and prediction; 0 where it is not used."""
+    # No division by the zeros of unused rows.
+    above = tl.where(used, _linear(numbers_ptr, intersection, prediction, label), 0.0)
+    below = tl.where(used, _linear(numbers_ptr + 4, intersection, prediction, label), 1.0)
+    value = above / below
+    by_intersection = (tl.load(numbers_ptr) - value * tl.load(numbers_ptr + 4)) / below
+    by_prediction = (tl.load(numbers_ptr + 1) - value * tl.load(numbers_ptr + 5)) / below
+    return value, tl.where(used, by_intersection, 0.0), tl.where(used, by_prediction, 0.0)
+
+
+@triton.jit
+def _weight(counts_ptr, totals_ptr, sample, count, B, classes, REDUCTION: tl.constexpr):
+    """What each of the `count` rows of a sample adds to the average over the instances of B samples, class by class."""
+    weight = 1.0 / B.to(tl.float64)
+    if REDUCTION == BY_INSTANCE:
+        if totals_ptr is not None:
+            total = tl.load(totals_ptr + sample % classes)
+        else:
+            rows = tl.zeros((SAMPLES_BLOCK,), tl.int64)
+            for first in range(0, B, SAMPLES_BLOCK):
+                other = first + tl.arange(0, SAMPLES_BLOCK)
+                alike = (other < B) & (other % classes == sample % classes)
+                rows += tl.where(alike, tl.maximum(tl.load(counts_ptr + other, mask=alike, other=0), 1), 0)
+            total = tl.sum(rows, axis=0).to(tl.float64)
+        weight = 1.0 / (classes * total)
+    elif REDUCTION == BY_MEAN:
+        weight = weight / tl.maximum(count, 1).to(tl.float64)
+    return weight
+
+
+@triton.jit
+def _share(numbers_ptr, count, B, RATES: tl.constexpr):
+    """What one mistake in a sample adds to the mean, over B samples, of their number or rate."""
+    total = tl.zeros_like(count).to(tl.float64) + 1.0
+    if RATES:
+        total = count.to(tl.float64) + tl.load(numbers_ptr + SMOOTHER)
+    return 1.0 / (total * B)
+
+
+@triton.jit
+def _count_owned(owned_ptr, count, BLOCK: tl.constexpr):
+    """Voxels of the boxes of one side that lie outside and inside those of the other side."""
+    outside = tl.zeros((BLOCK,), tl.int64)
+    inside = tl.zeros((BLOCK,), tl.int64)
+    for first in range(0, count, BLOCK):
+        row = first + tl.arange(0, BLOCK)
+        outside += tl.load(owned_ptr + 2 * row, mask=row < count, other=0)
+        inside += tl.load(owned_ptr + 2 * row + 1, mask=row < count, other=0)
+    return tl.sum(outside, axis=0).to(tl.float64), tl.sum(inside, axis=0).to(tl.float64)
+
+
+@triton.jit
+def _center(out_owned_ptr, lab_owned_ptr, kept, num_labels, numbers_ptr, BLOCK: tl.constexpr):
+    """The criterion on centre boxes, and how it grows with an output's box for each voxel inside and outside others."""
+    output, both = _count_owned(out_owned_ptr, kept, BLOCK)
+    label, _ = _count_owned(lab_owned_ptr, num_labels, BLOCK)
+    above = _linear(numbers_ptr + CENTER_RATIO, both, output, label)
+    below = _linear(numbers_ptr + CENTER_RATIO + 4, both, output, label)
+    value = above / below
+    slopes_ptr = numbers_ptr + CENTER_SLOPES
+    by_inside = (tl.load(slopes_ptr) - value * tl.load(slopes_ptr + 2)) / below
+    by_outside = (tl.load(slopes_ptr + 1) - value * tl.load(slopes_ptr + 3)) / below
+    return value, by_inside, by_outside
+
+
+@triton.jit
+def _add_rows(
+    sums_ptr,
+    geometry_ptr,
+    owned_ptr,
+    distances_ptr,
+    values_ptr,
+    numbers_ptr,
+    slopes_ptr,
+    start,
+    count,
+    used_count,
+    whole,
+    mistake,
+    by_inside,
+    by_outside,
+    OUTPUTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Go over the rows of one side of a sample, from row `start` of the tables, and write their slopes.
+
+    Returns the sum of the criterion, of the criterion times the distance, and how many rows are correct or detected.
+    """
+    total = tl.zeros((BLOCK,), tl.float64)
+    weighted = tl.zeros((BLOCK,), tl.float64)
+    met = tl.zeros((BLOCK,), tl.int32)
+    for first in range(0, tl.maximum(count, 1), BLOCK):
+        row = first + tl.arange(0, BLOCK)
+        here, used = row < count, row < used_count
+        valued, at = row < tl.maximum(used_count, 1), start + row
+        size = tl.load(geometry_ptr + at * GEOMETRY_COLUMNS + SIZE, mask=here, other=1).to(tl.float64)
+        row_ptr = sums_ptr + at * SUMS_COLUMNS
+        overlap = tl.load(row_ptr + OVERLAP, mask=here, other=0.0)
+        if OUTPUTS:
+            label, untouched = tl.load(row_ptr + LABEL, mask=used, other=0.0), overlap == 0
+        else:
+            label, untouched = size, tl.load(row_ptr + TOUCHED, mask=here, other=0.0) == 0
+        met += (used & (overlap > 0)).to(tl.int32)
+
+        value = tl.zeros((BLOCK,), tl.float64)
+        by_intersection = tl.zeros((BLOCK,), tl.float64)
+        by_prediction = tl.zeros((BLOCK,), tl.float64)
+        if values_ptr is not None:
+            value = tl.load(values_ptr + at, mask=valued, other=0.0)
+        else:
+            intersection = tl.load(row_ptr + INTERSECTION, mask=used, other=0.0)
+            prediction = tl.load(row_ptr + COST, mask=used, other=0.0)
+            prediction += tl.load(numbers_ptr + MISSING) * (label - overlap)
+            value, by_intersection, by_prediction = _criterion(
+                numbers_ptr + INSTANCE_RATIO, intersection, prediction, label, used
+            )
+            value = tl.where(valued & ~used, whole, value)
+        distance = tl.zeros((BLOCK,), tl.float64)
+        if distances_ptr is not None:
+            distance = tl.load(distances_ptr + at, mask=valued, other=0.0)
+        by_center = tl.zeros((BLOCK,), tl.float64)
+        if owned_ptr is not None:
+            by_center = by_outside * tl.load(owned_ptr + 2 * at, mask=used, other=0).to(tl.float64)
+            by_center += by_inside * tl.load(owned_ptr + 2 * at + 1, mask=used, other=0).to(tl.float64)
+            by_center = tl.where(used, by_center / size, 0.0)
+        total += value
+        weighted += distance * value
+
+        row_ptr = slopes_ptr + at * SLOPES_COLUMNS
+        written = row < tl.maximum(count, 1)
+        tl.store(row_ptr + BY_CENTER, by_center, mask=written)
+        tl.store(row_ptr + BY_FALSE, tl.where(here & untouched, mistake / size, 0.0), mask=written)
+        tl.store(row_ptr + BY_INTERSECTION, by_intersection, mask=written)
+        tl.store(row_ptr + BY_PREDICTION, by_prediction, mask=written)
+        tl.store(row_ptr + DISTANCE, distance, mask=written)
+    return tl.sum(total, axis=0), tl.sum(weighted, axis=0), tl.sum(met, axis=0)
+
+
+@triton.jit
+def _terms_kernel(
+    sums_ptr,  # (2 B, capacity, 5) float64
+    sample_sums_ptr,  # (B, 3) float64
+    pixel_sums_ptr,  # (B, 3) float64
+    health_ptr,  # () float64
+    counts_ptr,  # (3, B) int32
+    geometry_ptr,  # (2 B, capacity, 10) int64
+    owned_ptr,  # (2 B, capacity, 2) int64, or None: no center
+    distances_ptr,  # (2 B, capacity) float64, or None: no proximity
+    values_ptr,  # (2 B, capacity) float64, or None: the criterion follows from the sums
+    totals_ptr,  # (2, classes) float64, or None: instances are averaged over the batch
+    numbers_ptr,  # (30,) float64
+    terms_ptr,  # (B, 7) float64: what each sample adds to the terms
+    slopes_ptr,  # (2 B, capacity, 5) float64
+    sample_slopes_ptr,  # (B, 7) float64
+    capacity,
+    classes,
+    REDUCTION: tl.constexpr,
+    RATES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    sample = tl.program_id(0).to(tl.int64)
+    B = tl.num_programs(0)
+    num_outputs = tl.load(counts_ptr + OUTPUTS * B + sample)
+    kept = tl.load(counts_ptr + KEPT * B + sample)
+    num_labels = tl.load(counts_ptr + LABELS * B + sample)
+    health = tl.load(health_ptr)
+    out, lab = sample * capacity, (B + sample) * capacity  # first rows
+    terms_ptr += sample * TERMS
+    sample_slopes_ptr += sample * SAMPLE_SLOPES_COLUMNS
+
+    row_ptr = pixel_sums_ptr + sample * SAMPLE_COLUMNS
+    pixel, by_intersection, by_prediction = _criterion(
+        numbers_ptr + PIXEL_RATIO, tl.load(row_ptr), tl.load(row_ptr + 1), tl.load(row_ptr + 2), sample >= 0
+    )
+    tl.store(terms_ptr + PIXEL, health * pixel)
+    tl.store(sample_slopes_ptr + PIXEL_BY_INTERSECTION, health * by_intersection)
+    tl.store(sample_slopes_ptr + PIXEL_BY_PREDICTION, health * by_prediction)
+
+    row_ptr = sample_sums_ptr + sample * SAMPLE_COLUMNS
+    alone = (num_labels == 0) | (kept == 0)
+    whole, by_intersection, by_prediction = _criterion(
+        numbers_ptr + INSTANCE_RATIO, tl.load(row_ptr), tl.load(row_ptr + 1), tl.load(row_ptr + 2), alone
+    )
+    tl.store(sample_slopes_ptr + WHOLE_BY_INTERSECTION, by_intersection)
+    tl.store(sample_slopes_ptr + WHOLE_BY_PREDICTION, by_prediction)
+
+    center, by_inside, by_outside = whole * 0.0, whole * 0.0, whole * 0.0
+    if owned_ptr is not None:
+        center, by_inside, by_outside = _center(
+            owned_ptr + 2 * out, owned_ptr + 2 * lab, kept, num_labels, numbers_ptr, BLOCK
+        )
+    tl.store(terms_ptr + CENTER, health * center / B)
+
+    out_share, lab_share = _share(numbers_ptr, num_outputs, B, RATES), _share(numbers_ptr, num_labels, B, RATES)
+    out_total, out_weighted, correct = _add_rows(
+        sums_ptr, geometry_ptr, owned_ptr, distances_ptr, values_ptr, numbers_ptr, slopes_ptr, out, num_outputs, kept,
+        whole, health * out_share, health * by_inside / B, health * by_outside / B, True, BLOCK,
+    )  # fmt: skip
+    lab_total, lab_weighted, detected = _add_rows(
+        sums_ptr, geometry_ptr, None, distances_ptr, values_ptr, numbers_ptr, slopes_ptr, lab, num_labels, num_labels,
+        whole, -health * lab_share, whole, whole, False, BLOCK,
+    )  # fmt: skip
+    tl.store(terms_ptr + FALSE_INSTANCES, health * out_share * (num_outputs - correct))
+    tl.store(terms_ptr + MISSED_INSTANCES, health * lab_share * (num_labels - detected))
+    by_output = health * _weight(counts_ptr + KEPT * B, totals_ptr, sample, kept, B, classes, REDUCTION)
+    label_totals_ptr = None if totals_ptr is None else totals_ptr + classes
+    by_label = health * _weight(counts_ptr + LABELS * B, label_totals_ptr, sample, num_labels, B, classes, REDUCTION)
+    tl.store(sample_slopes_ptr + BY_OUTPUT, by_output)
+    tl.store(sample_slopes_ptr + BY_LABEL, by_label)
+    tl.store(terms_ptr + INSTANCE_OUTPUT, by_output * out_total)
+    tl.store(terms_ptr + INSTANCE_LABEL, by_label * lab_total)
+
+    difference = lab_weighted - out_weighted
+    proximity = difference * difference
+    if distances_ptr is not None:
+        proximity += tl.where(kept == 0, num_outputs, 0).to(tl.float64)  # too many
+    tl.store(terms_ptr + PROXIMITY, health * proximity / B)
+    tl.store(sample_slopes_ptr + BY_DISTANCE, health * 2.0 * difference / B)
+
+
+@triton.jit
+def _terms_backward_kernel(
+    grad_terms_ptr,  # (7,) float64
+    slopes_ptr,  # (2 B, capacity, 5) float64
+    sample_slopes_ptr,  # (B, 7) float64
+    counts_ptr,  # (3, B) int32
+    grad_sums_ptr,  # (2 B, capacity, 3) float64
+    grad_sample_sums_ptr,  # (B, 2) float64
+    grad_pixel_sums_ptr,  # (B, 2) float64
+    capacity,
+    MASSES: tl.constexpr,
+    VALUES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    sample = tl.program_id(1).to(tl.int64)
+    B = tl.num_programs(1)
+    sample_slopes_ptr += sample * SAMPLE_SLOPES_COLUMNS
+    by_center = tl.load(grad_terms_ptr + CENTER)
+    by_distance = tl.load(grad_terms_ptr + PROXIMITY) * tl.load(sample_slopes_ptr + BY_DISTANCE)
+    by_whole = by_distance * 0.0
+    for side in tl.static_range(2):
+        if side == 0:
+            count, used = tl.load(counts_ptr + OUTPUTS * B + sample), tl.load(counts_ptr + KEPT * B + sample)
+            by_value = tl.load(grad_terms_ptr + INSTANCE_OUTPUT) * tl.load(sample_slopes_ptr + BY_OUTPUT)
+            by_false, by_near = tl.load(grad_terms_ptr + FALSE_INSTANCES), -by_distance
+        else:
+            count = tl.load(counts_ptr + LABELS * B + sample)
+            used = count
+            by_value = tl.load(grad_terms_ptr + INSTANCE_LABEL) * tl.load(sample_slopes_ptr + BY_LABEL)
+            by_false, by_near = tl.load(grad_terms_ptr + MISSED_INSTANCES), by_distance
+        start = (side * B + sample) * capacity
+        if used == 0:  # row 0 is the whole sample
+            by_whole += by_value + by_near * tl.load(slopes_ptr + start * SLOPES_COLUMNS + DISTANCE)
+        for first in range(tl.program_id(0) * BLOCK, count, tl.num_programs(0) * BLOCK):
+            row = first + tl.arange(0, BLOCK)
+            here = row < count
+            row_ptr = slopes_ptr + (start + row) * SLOPES_COLUMNS
+            mass = tl.zeros((BLOCK,), tl.float64)
+            intersection = tl.zeros((BLOCK,), tl.float64)
+            cost = tl.zeros((BLOCK,), tl.float64)
+            if MASSES:
+                mass = by_center * tl.load(row_ptr + BY_CENTER, mask=here, other=0.0)
+                mass += by_false * tl.load(row_ptr + BY_FALSE, mask=here, other=0.0)
+            if VALUES:
+                value = by_value + by_near * tl.load(row_ptr + DISTANCE, mask=here, other=0.0)
+                intersection = value * tl.load(row_ptr + BY_INTERSECTION, mask=here, other=0.0)
+                cost = value * tl.load(row_ptr + BY_PREDICTION, mask=here, other=0.0)
+            row_ptr = grad_sums_ptr + (start + row) * GRADIENT_COLUMNS
+            tl.store(row_ptr + MASS, mass, mask=here)
+            tl.store(row_ptr + INTERSECTION, intersection, mask=here)
+            tl.store(row_ptr + COST, cost, mask=here)
+    if tl.program_id(0) == 0:
+        row_ptr = grad_sample_sums_ptr + sample * SAMPLE_GRADIENT_COLUMNS
+        if not VALUES:
+            by_whole = by_distance * 0.0
+        tl.store(row_ptr, by_whole * tl.load(sample_slopes_ptr + WHOLE_BY_INTERSECTION))
+        tl.store(row_ptr + 1, by_whole * tl.load(sample_slopes_ptr + WHOLE_BY_PREDICTION))
+        row_ptr = grad_pixel_sums_ptr + sample * SAMPLE_GRADIENT_COLUMNS
+        by_pixel = tl.load(grad_terms_ptr + PIXEL)
+        tl.store(row_ptr, by_pixel * tl.load(sample_slopes_ptr + PIXEL_BY_INTERSECTION))
+        tl.store(row_ptr + 1, by_pixel * tl.load(sample_slopes_ptr + PIXEL_BY_PREDICTION))
+
+
+@functools.lru_cache(maxsize=64)
+def _on_device(numbers: tuple[float, ...], device: torch.device, stream: int) -> Tensor:
+    """The numbers as a tensor, copied once for each stream, so that no launch reads them before they are there."""
+    host = torch.tensor(numbers, dtype=torch.float64)
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
+
+
+def launch_terms(
+    sums: Tensor,
+    sample_sums: Tensor,
+    pixel_sums: Tensor,
+    health: Tensor,
+    counts: Tensor,
+    geometry: Tensor,
+    owned: Tensor | None,
+    distances: Tensor | None,
+    values: Tensor | None,
+    totals: Tensor | None,
+    numbers: list[float],
+    classes: int,
+    reduction: int,
+    rates: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The terms, and the slopes of instances and of samples."""
+    (_, capacity, _), batch, device = sums.shape, len(sample_sums), sums.device
+    sizes = (batch, ops.PROXIMITY + 1), (2 * batch, capacity, ops.SLOPES_COLUMNS), (batch, ops.SAMPLE_SLOPES_COLUMNS)
+    terms, slopes, sample_slopes = (torch.empty(size, dtype=torch.float64, device=device) for size in sizes)
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    if batch > 0:
+        _terms_kernel[(batch,)](
+            sums, sample_sums, pixel_sums, health, counts, geometry, owned, distances, values, totals,
+            _on_device(tuple(numbers), device, stream), terms, slopes, sample_slopes,
+            capacity, classes, reduction, rates, block_size(capacity, ROWS_BLOCK),
+        )  # fmt: skip
+    return terms.sum(dim=0), slopes, sample_slopes
+
+
+def launch_terms_backward(
+    grad_terms: Tensor, slopes: Tensor, sample_slopes: Tensor, counts: Tensor, masses: bool, values: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the sums of instances and of samples, and of the sums of the pixel term."""
+    (_, capacity, _), batch = slopes.shape, len(sample_slopes)
+    sizes = (2 * batch, capacity, ops.GRADIENT_COLUMNS), *((batch, ops.SAMPLE_GRADIENT_COLUMNS),) * 2
+    grads = [torch.empty(size, dtype=torch.float64, device=slopes.device) for size in sizes]
+    if batch > 0:
+        block = block_size(capacity, ROWS_BLOCK)
+        _terms_backward_kernel[(table_programs(triton.cdiv(capacity, block)), batch)](
+            grad_terms.contiguous(), slopes, sample_slopes, counts, *grads, capacity, masses, values, block
+        )
+    return grads[0], grads[1], grads[2]

@@ -1,0 +1,167 @@
+"""Each recipe of docs/recipes.md as it stands."""
+
+import csv
+import re
+from pathlib import Path
+
+import pytest
+import ranks
+import torch
+from reference import TERMS
+from training import fell
+
+from triton_instance_loss import InstanceLoss, WeightedSum
+
+PAGE = (Path(__file__).parents[1] / "docs" / "recipes.md").read_text()
+
+
+def blocks():
+    """The code of the page: (heading, language) -> block."""
+    found = {}
+    for section in re.split(r"^## ", PAGE, flags=re.M)[1:]:
+        for language, block in re.findall(r"^```(\w+)\n(.*?)^```", section, re.M | re.S):
+            assert (section.splitlines()[0], language) not in found, "one block of a language in each recipe"
+            found[section.splitlines()[0], language] = block
+    return found
+
+
+BLOCKS = blocks()
+
+
+@pytest.fixture
+def recipe(tmp_path, monkeypatch, capsys):
+    """Run the Python block under a heading, in a folder of its own; its variables, and the lines that it printed."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+
+    def run(heading):
+        variables = {"__name__": "__main__"}
+        exec(compile(BLOCKS[heading, "python"], f"docs/recipes.md, {heading}", "exec"), variables)
+        return variables, capsys.readouterr().out.splitlines()
+
+    return run
+
+
+def test_every_block_is_tried_here():
+    mine = Path(__file__).read_text()
+    assert {heading for heading, _ in BLOCKS} == set(re.findall(r'(?:recipe\(|BLOCKS\[)"(.+?)"', mine))
+
+
+def drawn(*objects):
+    """(1, 1, 40, 40) with boxes of 1, each given by its corner and sides."""
+    volume = torch.zeros(1, 1, 40, 40)
+    for row, column, height, width in objects:
+        volume[..., row : row + height, column : column + width] = 1
+    return volume
+
+
+LABELS = ((4, 4, 6, 6), (4, 12, 6, 6), (20, 20, 6, 6))
+MISTAKES = {
+    "objects missed": drawn(*LABELS[:2]),
+    "objects invented": drawn(*LABELS, (30, 4, 6, 6)),
+    "neighbours merged": drawn(*LABELS, (6, 10, 2, 2)),
+    "objects broken into pieces": drawn(*LABELS[:2], (20, 20, 2, 6), (24, 20, 2, 6)),
+}
+
+
+def test_the_table_of_mistakes():
+    table = dict(re.findall(r"^\| ([a-z ]+) \| ([a-z_, ]+) \|$", PAGE, re.M))
+    table = {mistake: set(terms.split(", ")) for mistake, terms in table.items() if mistake != "what you see"}
+    assert set(table) == set(MISTAKES)
+    loss = InstanceLoss(spatial_dims=2, rate_instead_number=True)
+    for mistake, outputs in MISTAKES.items():
+        terms = loss(20 * outputs - 10, drawn(*LABELS))._asdict()
+        rates = {name: terms[name].item() for name in TERMS if name not in ("pixel", "proximity")}
+        others = [value for name, value in rates.items() if name not in table[mistake]]
+        assert min(rates[name] for name in table[mistake]) > 1.1 * max(others), (mistake, rates)
+
+
+def test_terms_and_weights(recipe):
+    variables, printed = recipe("Which terms, with which weights")
+    assert [line.split()[0] for line in printed] == list(TERMS)
+    values = [float(line.split()[1]) for line in printed]
+    assert all(0 <= value <= 1 for value in values[:-1])
+    assert values[-1] > 1
+    assert variables["proximity"] * variables["terms"].proximity.item() == pytest.approx(0.1)
+
+
+def test_ramp_up(recipe):
+    variables, printed = recipe("Ramp-up")
+    loss, full = variables["loss"], variables["full"]
+    assert loss.weights == {name: weight / (1 if name == "pixel" else 2) for name, weight in full.items()}
+    assert "'center': 0.125" in printed[0]
+    for epoch, names in ((4, {"pixel"}), (100, {name for name, weight in full.items() if weight})):
+        variables["set_weights"](epoch)
+        loss(torch.randn(1, 1, 6, 6, 6), torch.zeros(1, 1, 6, 6, 6))
+        assert set(loss.terms) == names
+    assert loss.weights == full
+
+
+def test_threshold(recipe):
+    """At 0.5 one output covers both labels, and no_tp leaves its value on each; at 0.8 each label has its own."""
+    _, printed = recipe("Threshold")
+    (low, _, joined), (high, *apart) = (map(float, line.split()) for line in printed)
+    assert (low, high) == (0.5, 0.8)
+    assert joined > 0.05
+    assert apart == [0, 0]
+
+
+def test_deep_supervision(recipe):
+    variables, _ = recipe("Deep supervision")
+    outputs, labels, loss = variables["outputs"], variables["labels"], variables["instances"]
+    assert all(level.grad.any() for level in outputs)
+    at_the_end = dict(loss.terms)
+    loss(outputs[0], labels)
+    assert loss.terms == at_the_end
+    variables["everywhere"](outputs, labels)
+    assert loss.terms != at_the_end
+
+
+def test_precomputed_components(recipe):
+    _, printed = recipe("Precomputed components")
+    assert printed == ["2.0 1.0", "[1]"]
+
+
+def test_mixed_precision(recipe):
+    variables, _ = recipe("Mixed precision")
+    assert variables["value"].dtype == torch.float32
+    assert variables["scaler"].get_scale() == 65536  # no step was skipped
+    assert all(p.grad.isfinite().all() and p.grad.any() for p in variables["network"].parameters())
+
+
+def test_several_processes(tmp_path):
+    (grads, empty), (same, lesions) = ranks.run_ranks(ranks.run_recipe, tmp_path, BLOCKS["Several processes", "python"])
+    torch.testing.assert_close(grads, same, rtol=0, atol=0)
+    assert all(grad.any() for grad in grads)
+    assert empty == 0
+    assert lesions > 0
+
+
+@pytest.mark.filterwarnings("ignore:.*(GradScaler|metadata)")
+def test_bundle(recipe, tmp_path, monkeypatch):
+    pytest.importorskip("ignite", reason="MONAI's trainers need pytorch-ignite")
+    losses, forward = [], WeightedSum.forward
+
+    def noted(self, outputs, labels):
+        losses.append(forward(self, outputs, labels))
+        assert type(losses[-1]) is torch.Tensor
+        assert (self.weights["missed_instances"], self.loss.max_cc_out) == (0.5, 100)
+        return losses[-1]
+
+    monkeypatch.setattr(WeightedSum, "forward", noted)
+    (tmp_path / "train.json").write_text(BLOCKS["A MONAI bundle", "json"])
+    recipe("A MONAI bundle")
+    assert len(losses) == 10 * 2
+    assert fell([value.item() for value in losses[::2]])
+    assert len(torch.load(tmp_path / "network.pt")) > 0
+
+
+def test_lightning(recipe, tmp_path):
+    pytest.importorskip("lightning", reason="the recipe for Lightning needs lightning")
+    variables, _ = recipe("Lightning")
+    assert variables["trainer"].global_step == 4
+    (path,) = tmp_path.rglob("metrics.csv")
+    with open(path) as file:
+        rows = list(csv.DictReader(file))
+    assert [row["step"] for row in rows] == ["1", "3"]
+    assert set(TERMS) - {"proximity"} <= set(rows[0])
