@@ -35,10 +35,6 @@ class OneAgainstTheRest(_Loss):
         weights: the weight of each instance term by name; terms left out keep the default of `WeightedSum`.
         **options: further options of `family`.
 
-    Attributes:
-        terms: the detached terms of the last call by name, mean over the classes, on their device. Terms of weight 0
-            are not computed and not among them.
-
     Raises:
         TypeError: An option or weight of the wrong type.
         ValueError: No class besides the background; an option, or the name of a weight, that is not allowed; shapes
@@ -70,15 +66,25 @@ class OneAgainstTheRest(_Loss):
         **options: Any,
     ) -> None:
         super().__init__()
-        self.channels = range(0 if regions else 1, num_channels)
-        if not self.channels:
-            raise ValueError(f"num_channels must leave a class besides the background, got {num_channels!r}.")
+        self.num_channels = num_channels
         self.regions = regions
         self.ignore_label = ignore_label
-        self.loss = WeightedSum(
-            family(spatial_dims=spatial_dims, rate_instead_number=True, **options), **{**(weights or {}), "pixel": 0.0}
+        classes = num_channels if regions else num_channels - 1
+        if classes < 1:
+            raise ValueError(f"num_channels must leave a class besides the background, got {num_channels!r}.")
+        loss = family(
+            num_out_chn=classes,
+            object_chn=tuple(range(classes)),
+            spatial_dims=spatial_dims,
+            rate_instead_number=True,
+            **options,
         )
-        self.terms: dict[str, Tensor] = {}
+        self.loss = WeightedSum(loss, **{**(weights or {}), "pixel": 0.0})
+
+    @property
+    def terms(self) -> dict[str, Tensor]:
+        """The detached terms of the last call by name; those of weight 0 are not computed and not among them."""
+        return self.loss.terms
 
     def forward(self, outputs: Tensor, target: Tensor) -> Tensor:
         """The mean over the classes of a batch."""
@@ -86,36 +92,34 @@ class OneAgainstTheRest(_Loss):
         ignored = None
         if self.ignore_label is not None:
             ignored = target[:, -1:].bool() if self.regions else target == self.ignore_label
+            outputs = outputs.masked_fill(ignored, 0.0)
         outputs = outputs if outputs.dtype == torch.float64 else outputs.float()
-        totals, terms = [], []
-        for channel in self.channels:
-            logit = outputs[:, channel : channel + 1]
-            if self.regions:
-                label = target[:, channel : channel + 1].bool()
-            else:
-                rest = torch.cat((outputs[:, :channel], outputs[:, channel + 1 :]), dim=1)
-                logit = logit - torch.logsumexp(rest, dim=1, keepdim=True)
-                label = target == channel
-            if ignored is not None:
-                logit = torch.where(ignored, CLEAR_BACKGROUND, logit)
-                label = label & ~ignored
-            looked_at = label | (torch.sigmoid(logit.detach()) >= self.loss.loss.segmentation_threshold)
-            found = looked_at.any(dim=tuple(range(1, looked_at.ndim)), keepdim=True)
-            logit = torch.where(found, logit, CLEAR_BACKGROUND)
-            totals.append(self.loss(logit, label))
-            terms.append(self.loss.terms)
-        self.terms = {name: torch.stack([values[name] for values in terms]).mean() for name in terms[0]}
-        return torch.stack(totals).mean()
+        if self.regions:
+            logits, labels = outputs, target[:, : self.num_channels].bool()
+        else:
+            logits = torch.stack([_against_the_rest(outputs, number) for number in range(1, self.num_channels)], dim=1)
+            labels = torch.cat([target == number for number in range(1, self.num_channels)], dim=1)
+        looked_at = labels | (torch.sigmoid(logits.detach()) >= self.loss.loss.segmentation_threshold)
+        if ignored is not None:
+            looked_at = looked_at & ~ignored
+        found = looked_at.any(dim=tuple(range(2, looked_at.ndim)), keepdim=True)
+        return self.loss(torch.where(found, logits, CLEAR_BACKGROUND), labels, ignore_mask=ignored)
 
     def _check(self, outputs: Tensor, target: Tensor) -> None:
         """The shapes of both fit each other and the options."""
-        channels = self.channels.stop, self.channels.stop + (self.ignore_label is not None) if self.regions else 1
+        channels = self.num_channels, self.num_channels + (self.ignore_label is not None) if self.regions else 1
         shapes = [(outputs.shape[0], number, *outputs.shape[2:]) for number in channels]
         if [tuple(outputs.shape), tuple(target.shape)] != shapes:
             raise ValueError(
                 f"outputs and target must have shapes (B, {channels[0]}, *spatial) and (B, {channels[1]}, *spatial), "
                 f"got {tuple(outputs.shape)} and {tuple(target.shape)}."
             )
+
+
+def _against_the_rest(outputs: Tensor, number: int) -> Tensor:
+    """The logit of one class against all others, (B, *spatial)."""
+    rest = torch.cat((outputs[:, :number], outputs[:, number + 1 :]), dim=1)
+    return outputs[:, number] - torch.logsumexp(rest, dim=1)
 
 
 class WithInstanceTerms(_Loss):
