@@ -103,7 +103,8 @@ class OneAgainstTheRest(_Loss):
         if ignored is not None:
             looked_at = looked_at & ~ignored
         found = looked_at.any(dim=tuple(range(2, looked_at.ndim)), keepdim=True)
-        return self.loss(torch.where(found, logits, CLEAR_BACKGROUND), labels, ignore_mask=ignored)
+        value: Tensor = self.loss(torch.where(found, logits, CLEAR_BACKGROUND), labels, ignore_mask=ignored)
+        return value
 
     def _check(self, outputs: Tensor, target: Tensor) -> None:
         """The shapes of both fit each other and the options."""
