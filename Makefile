@@ -1,7 +1,9 @@
-# Everything runs in an environment of its own, .venv; the two commands below set it up by themselves.
+# Everything runs in an environment of its own, .venv; the commands below set it up by themselves.
 #
 #   make demo    install, then run examples/quickstart.py
 #   make test    install, then run the whole test suite
+#
+#   make test-nnunet    train with nnU-Net, in an environment of its own, .venv-nnunet
 #
 # TORCH chooses the torch requirement, for example: make test TORCH=torch==2.6.0
 
@@ -9,14 +11,22 @@ TORCH ?= torch==2.13.0
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+NNUNET_VENV ?= .venv-nnunet
+NNUNET_BIN := $(NNUNET_VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-nnunet nnunet-2d nnunet-3d lint clean
 
 demo: $(VENV)/examples
 	$(BIN)/python examples/quickstart.py
 
 test: $(VENV)/test
 	$(BIN)/python -m pytest -n auto
+
+test-nnunet: $(NNUNET_VENV)/nnunet
+	$(MAKE) --jobs=2 --output-sync nnunet-2d nnunet-3d
+
+nnunet-2d nnunet-3d:
+	$(NNUNET_BIN)/python -m pytest --noconftest tests/nnunet_training.py -k $(@:nnunet-%=%)
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .
@@ -29,5 +39,15 @@ $(VENV)/examples $(VENV)/test $(VENV)/dev: pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable ".[$(@F)]" "$(TORCH)"
 	touch $@
 
+# nnU-Net imports torchvision, through timm, and needs none of it. PyPI has only CUDA builds of torchvision, whose operators
+# a CPU build of torch cannot load; 0.16 is the last version that can be imported without them (Python 3.11 at most).
+$(NNUNET_VENV)/nnunet: pyproject.toml
+	test -x $(NNUNET_BIN)/python || $(PYTHON) -m venv $(NNUNET_VENV)
+	$(NNUNET_BIN)/python -m pip install --quiet --no-compile "$(TORCH)"
+	$(NNUNET_BIN)/python -m pip install --quiet --no-compile --editable ".[nnunet]" "$(TORCH)" pytest
+	$(NNUNET_BIN)/python -c "import torchvision" 2>/dev/null || \
+		$(NNUNET_BIN)/python -m pip install --quiet --no-compile --no-deps torchvision==0.16.2
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(NNUNET_VENV) build dist *.egg-info

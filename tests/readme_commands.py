@@ -15,6 +15,9 @@ ROOT = Path(__file__).parents[1]
 ELSEWHERE = {
     "make test": "the checks run it before anything else",
     "pip install .": "the checks build and install a wheel",
+    'pip install ".[nnunet]"': "make test-nnunet runs this and the next two",
+    "export nnUNet_extTrainer=$(python -m triton_instance_loss.nnunet)": "see above",
+    "nnUNetv2_train 1 3d_fullres 0 -tr nnUNetTrainerInstanceLoss": "see above",
 }
 EXAMPLE_FILES = ("output-0.nii.gz", "label-0.nii.gz")
 

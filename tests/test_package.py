@@ -16,6 +16,7 @@ PACKAGE = Path(triton_instance_loss.__file__).parent
 ROOT = Path(__file__).parents[1]
 # Imports point down this list.
 ORDER = [
+    "nnunet",
     "losses",
     "functional",
     "slow",
@@ -43,8 +44,8 @@ def python(code, **environment):
 
 def test_import_brings_in_nothing_heavy():
     loaded = python(
-        "import sys, triton_instance_loss, triton_instance_loss.functional\n"
-        "print([name for name in ('triton', 'monai', 'scipy', 'matplotlib') if name in sys.modules])"
+        "import sys, triton_instance_loss, triton_instance_loss.functional, triton_instance_loss.nnunet\n"
+        "print([name for name in ('triton', 'monai', 'nnunetv2', 'scipy', 'matplotlib') if name in sys.modules])"
     )
     assert loaded.strip() == "[]"
 
@@ -105,6 +106,11 @@ def test_only_kernels_import_triton():
     for path in PACKAGE.rglob("*.py"):
         if "kernels" not in path.parts:
             assert "triton" not in imported_rooms(path), path.name
+
+
+def test_only_the_trainers_import_nnunet():
+    importing = [path.name for path in PACKAGE.rglob("*.py") if "nnunetv2" in imported_rooms(path)]
+    assert importing == ["trainer.py"]
 
 
 def kernel_files():
