@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[1]
 ORDER = [
     "losses",
     "functional",
+    "metrics",
     "slow",
     "terms",
     "criteria",
