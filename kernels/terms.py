@@ -105,16 +105,20 @@ def _criterion(numbers_ptr, intersection, prediction, label, used):
 
 
 @triton.jit
-def _weight(counts_ptr, count, B, REDUCTION: tl.constexpr):
-    """What each of the `count` rows of a sample adds to the average over the instances of B samples."""
+def _weight(counts_ptr, totals_ptr, sample, count, B, classes, REDUCTION: tl.constexpr):
+    """What each of the `count` rows of a sample adds to the average over the instances of B samples, class by class."""
     weight = 1.0 / B.to(tl.float64)
     if REDUCTION == BY_INSTANCE:
-        rows = tl.zeros((SAMPLES_BLOCK,), tl.int64)
-        for first in range(0, B, SAMPLES_BLOCK):
-            sample = first + tl.arange(0, SAMPLES_BLOCK)
-            counts = tl.load(counts_ptr + sample, mask=sample < B, other=0)
-            rows += tl.where(sample < B, tl.maximum(counts, 1), 0).to(tl.int64)
-        weight = 1.0 / tl.sum(rows, axis=0).to(tl.float64)
+        if totals_ptr is not None:
+            total = tl.load(totals_ptr + sample % classes)
+        else:
+            rows = tl.zeros((SAMPLES_BLOCK,), tl.int64)
+            for first in range(0, B, SAMPLES_BLOCK):
+                other = first + tl.arange(0, SAMPLES_BLOCK)
+                alike = (other < B) & (other % classes == sample % classes)
+                rows += tl.where(alike, tl.maximum(tl.load(counts_ptr + other, mask=alike, other=0), 1), 0)
+            total = tl.sum(rows, axis=0).to(tl.float64)
+        weight = 1.0 / (classes * total)
     elif REDUCTION == BY_MEAN:
         weight = weight / tl.maximum(count, 1).to(tl.float64)
     return weight
@@ -239,11 +243,13 @@ def _terms_kernel(
     owned_ptr,  # (2 B, capacity, 2) int64, or None: no center
     distances_ptr,  # (2 B, capacity) float64, or None: no proximity
     values_ptr,  # (2 B, capacity) float64, or None: the criterion follows from the sums
+    totals_ptr,  # (2, classes) float64, or None: instances are averaged over the batch
     numbers_ptr,  # (30,) float64
     terms_ptr,  # (B, 7) float64: what each sample adds to the terms
     slopes_ptr,  # (2 B, capacity, 5) float64
     sample_slopes_ptr,  # (B, 7) float64
     capacity,
+    classes,
     REDUCTION: tl.constexpr,
     RATES: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -292,8 +298,9 @@ def _terms_kernel(
     )  # fmt: skip
     tl.store(terms_ptr + FALSE_INSTANCES, health * out_share * (num_outputs - correct))
     tl.store(terms_ptr + MISSED_INSTANCES, health * lab_share * (num_labels - detected))
-    by_output = health * _weight(counts_ptr + KEPT * B, kept, B, REDUCTION)
-    by_label = health * _weight(counts_ptr + LABELS * B, num_labels, B, REDUCTION)
+    by_output = health * _weight(counts_ptr + KEPT * B, totals_ptr, sample, kept, B, classes, REDUCTION)
+    label_totals_ptr = None if totals_ptr is None else totals_ptr + classes
+    by_label = health * _weight(counts_ptr + LABELS * B, label_totals_ptr, sample, num_labels, B, classes, REDUCTION)
     tl.store(sample_slopes_ptr + BY_OUTPUT, by_output)
     tl.store(sample_slopes_ptr + BY_LABEL, by_label)
     tl.store(terms_ptr + INSTANCE_OUTPUT, by_output * out_total)
@@ -387,7 +394,9 @@ def launch_terms(
     owned: Tensor | None,
     distances: Tensor | None,
     values: Tensor | None,
+    totals: Tensor | None,
     numbers: list[float],
+    classes: int,
     reduction: int,
     rates: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -398,9 +407,9 @@ def launch_terms(
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     if batch > 0:
         _terms_kernel[(batch,)](
-            sums, sample_sums, pixel_sums, health, counts, geometry, owned, distances, values,
+            sums, sample_sums, pixel_sums, health, counts, geometry, owned, distances, values, totals,
             _on_device(tuple(numbers), device, stream), terms, slopes, sample_slopes,
-            capacity, reduction, rates, block_size(capacity, ROWS_BLOCK),
+            capacity, classes, reduction, rates, block_size(capacity, ROWS_BLOCK),
         )  # fmt: skip
     return terms.sum(dim=0), slopes, sample_slopes
 

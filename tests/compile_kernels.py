@@ -111,11 +111,12 @@ def call_launchers():
     per_row, health = torch.zeros((4, 20), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
     owned, numbers = torch.zeros((4, 20, 2), dtype=torch.int64), [0.0] * NUMBERS
     for given, *average in (
-        ((None, None, None), BY_INSTANCE, False),
-        ((owned, per_row, None), BY_MEAN, True),
-        ((None, None, per_row), BY_SUM, True),
+        ((None, None, None, None), BY_INSTANCE, False),
+        ((None, None, None, per_row[:, :2]), BY_INSTANCE, False),
+        ((owned, per_row, None, None), BY_MEAN, True),
+        ((None, None, per_row, None), BY_SUM, True),
     ):
-        case = (*sums, sums[1], health, counts, geometry, *given, numbers, *average)
+        case = (*sums, sums[1], health, counts, geometry, *given, numbers, 2, *average)
         _, *slopes = room["terms"].launch_terms(*case)
     for masses, values in ((True, True), (False, False)):
         grads = room["terms"].launch_terms_backward(per_row[0, :7], *slopes, counts, masses, values)

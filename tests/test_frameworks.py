@@ -118,8 +118,8 @@ def operator_arguments(device):
     maps = ops.row_maps(x, sites)
     boxes, proximity = (geometry, counts, [5, 6, 7], [1, 2, 3]), (geometry, counts, [5, 6, 7], False)
     results = (sums, sample_sums, pixel_sums, health, counts, geometry)
-    results += (ops.center_overlaps(*boxes), ops.proximity_minima(*proximity), None)
-    terms = (*results, [1.0] * ops.NUMBERS, ops.BY_MEAN, True)
+    results += (ops.center_overlaps(*boxes), ops.proximity_minima(*proximity), None, None)
+    terms = (*results, [1.0] * ops.NUMBERS, 1, ops.BY_MEAN, True)
     backward = (*ops.terms(*terms), counts, True, True)
     with_sites = (x, labels, sites, pairs, counts, ops.SIGMOID, 0, True, ops.PROBABILITY, 0)
     return {

@@ -24,7 +24,7 @@ def ratio(numbers, sums):
     return above / below
 
 
-def plain_terms(sums, geometry, counts, owned, distances, values, numbers, reduction, rates, health):
+def plain_terms(sums, geometry, counts, owned, distances, values, totals, numbers, classes, reduction, rates, health):
     """The terms, differentiable in the sums and in values that are given, one sample and one row after the other."""
     table, sample_sums, pixel_sums = sums
     out_sums, lab_sums = table.chunk(2)
@@ -85,7 +85,11 @@ def plain_terms(sums, geometry, counts, owned, distances, values, numbers, reduc
             results[ops.CENTER] += parts[0] / parts[1] / batch
     for term, of_samples in ((ops.INSTANCE_OUTPUT, averages[0]), (ops.INSTANCE_LABEL, averages[1])):
         if reduction == ops.BY_INSTANCE:
-            results[term] = torch.cat(of_samples).mean()
+            of_classes = [torch.cat(of_samples[number::classes]) for number in range(classes)]
+            rows = [len(of) for of in of_classes]
+            if totals is not None:
+                rows = totals[0 if term == ops.INSTANCE_OUTPUT else 1].tolist()
+            results[term] = sum(of.sum() / n for of, n in zip(of_classes, rows, strict=True)) / classes
         else:
             results[term] = sum(s.mean() if reduction == ops.BY_MEAN else s.sum() for s in of_samples) / batch
     return health * torch.stack(results)
@@ -116,11 +120,11 @@ def random_case(seed=0):
     return sums, counts, geometry, whole(8, ROWS, 2), distances, values, numbers
 
 
-def assert_terms(case, reduction, rates):
+def assert_terms(case, reduction, rates, classes=1, totals=None):
     """Terms and gradients against the plain statement."""
     sums, counts, geometry, owned, distances, values, numbers = case
     health = torch.ones((), dtype=torch.float64, device=DEVICE)
-    rest = owned, distances, values, numbers, reduction, rates
+    rest = owned, distances, values, totals, numbers, classes, reduction, rates
     ours, *slopes = terms.launch_terms(*sums, health, counts, geometry, *rest)
     leaves = [table.clone().requires_grad_() for table in sums]
     expected = plain_terms(leaves, geometry, counts, *rest, health)
@@ -152,6 +156,19 @@ def test_terms(reduction, rates, left_out):
     assert_terms((*tables, owned, distances, None, numbers), reduction, rates)
 
 
+@pytest.mark.parametrize("reduction", [ops.BY_INSTANCE, ops.BY_MEAN, ops.BY_SUM])
+def test_terms_of_two_classes(reduction):
+    *tables, _, numbers = random_case(5)
+    assert_terms((*tables, None, numbers), reduction, True, classes=2)
+
+
+@pytest.mark.parametrize("classes", [1, 2])
+def test_terms_averaged_over_instances_elsewhere(classes):
+    *tables, _, numbers = random_case(6)
+    totals = torch.tensor([[9, 5.5], [12, 3]], dtype=torch.float64, device=DEVICE)[:, :classes].contiguous()
+    assert_terms((*tables, None, numbers), ops.BY_INSTANCE, False, classes, totals)
+
+
 def test_terms_of_given_values():
     *tables, numbers = random_case(1)
     # As with a criterion that is not fused: nothing flows into the sums but the masses.
@@ -169,7 +186,7 @@ def test_terms_at_gpu_block_sizes(monkeypatch):
 def test_broken_outputs_break_all_terms():
     sums, counts, geometry, owned, distances, _, numbers = random_case(3)
     nan = torch.tensor(torch.nan, dtype=torch.float64, device=DEVICE)
-    ours, *slopes = terms.launch_terms(*sums, nan, counts, geometry, owned, distances, None, numbers, 0, False)
+    ours, *slopes = terms.launch_terms(*sums, nan, counts, geometry, owned, distances, None, None, numbers, 1, 0, False)
     assert ours.isnan().all()
     grads = terms.launch_terms_backward(torch.ones(7, dtype=torch.float64, device=DEVICE), *slopes, counts, True, True)
     assert grads[2].isnan().all()
@@ -187,8 +204,8 @@ def test_terms_drawn():
     health = torch.ones((), dtype=torch.float64, device=DEVICE)
     distances = torch.tensor([[1, 3], [1, 4]], dtype=torch.float64, device=DEVICE)
     numbers = [*DICE, *DICE, 0.0, *DICE, 0.0, 0.0, 0.0, 0.0, 0.0]
-    case = (sums, sample_sums, pixel_sums, health, counts, geometry, None, distances, None)
-    values, *slopes = terms.launch_terms(*case, numbers, ops.BY_INSTANCE, False)
+    case = (sums, sample_sums, pixel_sums, health, counts, geometry, None, distances, None, None)
+    values, *slopes = terms.launch_terms(*case, numbers, 1, ops.BY_INSTANCE, False)
     touching, beside, missed = 1 - 5 / 7, 1 - 1 / 4, 1 - 1 / 6
     labels, outputs = touching + 4 * missed, touching + 3 * beside
     expected = [1 - 5 / 15, (touching + missed) / 2, (touching + beside) / 2, 0, 1, 1, (labels - outputs) ** 2]
@@ -206,7 +223,7 @@ def test_terms_drawn():
 def test_gradients_that_do_not_flow(values):
     sums, counts, geometry, owned, distances, _, numbers = random_case(4)
     health = torch.ones((), dtype=torch.float64, device=DEVICE)
-    _, *slopes = terms.launch_terms(*sums, health, counts, geometry, owned, distances, None, numbers, 0, False)
+    _, *slopes = terms.launch_terms(*sums, health, counts, geometry, owned, distances, None, None, numbers, 1, 0, False)
     grad = torch.ones(7, dtype=torch.float64, device=DEVICE)
     whole = terms.launch_terms_backward(grad, *slopes, counts, True, True)
     part = terms.launch_terms_backward(grad, *slopes, counts, False, values)

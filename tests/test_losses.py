@@ -71,7 +71,7 @@ def test_reference_gradients_are_the_published_ones(backend):
     assert grad.any()
 
 
-def test_signature_is_the_published_one():
+def test_signature_is_the_published_one_and_ours():
     parameters = inspect.signature(InstanceLoss).parameters
     assert list(parameters)[:3] == ["loss_function_pixel", "loss_function_instance", "loss_function_center"]
     defaults = {name: parameter.default for name, parameter in parameters.items()}
@@ -95,6 +95,9 @@ def test_signature_is_the_published_one():
         "instance_wise_loss_no_tp": True,
         "rate_instead_number": False,
         "gradients": "surrogate",
+        "to_onehot_y": False,
+        "ignore_index": None,
+        "process_group": None,
     }
     assert inspect.signature(InstanceCenterLoss) == inspect.signature(InstanceLoss)
 

@@ -42,6 +42,24 @@ def number(
         raise ValueError(f"{name} must be {allowed}, got {value!r}.")
 
 
+def channels(name: str, value: Any, count: int) -> None:
+    """`value` must be a channel, or a tuple of different ones, of `count`; of a single one, any number will do."""
+    several = isinstance(value, tuple)
+    for channel in value if several else (value,):
+        integer(name, channel, 0)
+        if count > 1 and channel >= count:
+            raise ValueError(f"{name} must be a channel from 0 to {count - 1} (num_out_chn={count}), got {value!r}.")
+    if several and (len(set(value)) != len(value) or not value or (count == 1 and len(value) > 1)):
+        raise ValueError(f"{name} must be one channel or several different ones of num_out_chn={count}, got {value!r}.")
+
+
+def process_group(name: str, value: Any) -> None:
+    """`value` must be None, "world" or a process group of torch.distributed."""
+    group = getattr(torch.distributed, "ProcessGroup", None) if torch.distributed.is_available() else None
+    if value is not None and value != "world" and (group is None or not isinstance(value, group)):
+        raise TypeError(f'{name} must be None, "world" or a torch.distributed.ProcessGroup, got {value!r}.')
+
+
 def flag(name: str, value: Any) -> None:
     """`value` must be True or False."""
     if not isinstance(value, bool):
@@ -102,8 +120,17 @@ def same_place(name: str, value: Tensor, outputs: Tensor, channels: Collection[i
         raise ValueError(f"{name} must be on the device of outputs, {outputs.device}, got {value.device}.")
 
 
-def inputs(outputs: Any, labels: Any, cc_label_batch: Any, spatial_dims: int, num_out_chn: int) -> None:
-    """The three tensors of a call fit each other and the options."""
+def inputs(
+    outputs: Any,
+    labels: Any,
+    cc_label_batch: Any,
+    ignore_mask: Any,
+    *,
+    spatial_dims: int,
+    num_out_chn: int,
+    label_channels: Collection[int],
+) -> None:
+    """The tensors of a call fit each other and the options."""
     tensor("outputs", outputs)
     if outputs.dtype not in FLOAT_DTYPES:
         raise TypeError(f"outputs must be float16, bfloat16, float32 or float64, got {outputs.dtype}.")
@@ -113,12 +140,17 @@ def inputs(outputs: Any, labels: Any, cc_label_batch: Any, spatial_dims: int, nu
             f"outputs must have num_out_chn={num_out_chn} channels, got {outputs.shape[1]} in {tuple(outputs.shape)}."
         )
     tensor("labels", labels)
-    same_place("labels", labels, outputs, (1, num_out_chn))
+    same_place("labels", labels, outputs, label_channels)
     if cc_label_batch is not None:
         tensor("cc_label_batch", cc_label_batch)
         same_place("cc_label_batch", cc_label_batch, outputs, (1,))
         if debugging(cc_label_batch):
             component_ids(cc_label_batch)
+    if ignore_mask is not None:
+        tensor("ignore_mask", ignore_mask)
+        if ignore_mask.dtype != torch.bool:
+            raise TypeError(f"ignore_mask must be bool, True where a voxel is ignored, got {ignore_mask.dtype}.")
+        same_place("ignore_mask", ignore_mask, outputs, (1,))
 
 
 def debugging(value: Tensor) -> bool:

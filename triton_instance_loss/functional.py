@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from . import checks, ops, quantities, slow
-from .activation import activated, check_and_widen, probabilities, select, to_activate, to_volume
+from .activation import Given, activated, background, check_and_widen, probabilities, to_activate, to_compare
 from .criteria import DICE, FusedCriterion, fused_form, refuse_cross_entropy, warn_if_slow
-from .instances import find
+from .instances import find, instances_of_all
 from .options import Options
 from .terms import TERMS, FusedTerms, Request, place_of_centers
 
@@ -20,6 +20,7 @@ def evaluate_terms(
     outputs: Tensor,
     labels: Tensor,
     cc_label_batch: Tensor | None,
+    ignore_mask: Tensor | None,
     options: Options,
     names: Collection[str],
     *,
@@ -28,35 +29,36 @@ def evaluate_terms(
     center: Criterion | None = None,
 ) -> dict[str, Tensor]:
     """The terms `names`, each a 0-d tensor; a criterion left out is our Dice. Nothing else is computed."""
-    outputs, labels, cc_label_batch = check_and_widen(outputs, labels, cc_label_batch, options)
+    given = check_and_widen(outputs, labels, cc_label_batch, ignore_mask, options)
     instance, center = instance or DICE, center or DICE
     pixel_form, instance_form, center_form = map(fused_form, (pixel or DICE, instance, center))
-    seen = _what_pixel_sees(pixel, pixel_form, names, options)
-    with torch.autocast(outputs.device.type, enabled=False):
-        x, truth = to_activate(outputs, options), to_volume(select(labels, options))
-        looked_at = outputs if options.activation == "softmax" else x
+    seen = _what_pixel_sees(pixel, pixel_form, given, names, options)
+    with torch.autocast(given.outputs.device.type, enabled=False):
+        x, truth = to_activate(given, options), to_compare(given, options)
+        looked_at = given.outputs if options.activation == "softmax" else x
         values: dict[str, Tensor] = {}
         if "pixel" in names and seen == ops.NOT_FUSED:
-            values["pixel"] = _pixel(outputs, labels, pixel, options) * _health(looked_at)
+            values["pixel"] = _pixel(x, truth, given, pixel, options) * _health(looked_at)
         if set(names) - {"pixel"}:
             seen_and_summed = seen, pixel_form.code if pixel_form else quantities.MASS
-            found, pair_capacity, pixel_sums, health = find(x.detach(), truth, cc_label_batch, seen_and_summed, options)
+            found, pair_capacity, pixel_sums, health = find(x.detach(), truth, given.ids, seen_and_summed, options)
             if center_form is None and "center" in names:
                 volumes = slow.volumes(x, found, options)
                 place = place_of_centers(x.shape, options)
                 values["center"] = slow.center(volumes, found, place, center, options) * _health(looked_at)
             fused = tuple(name for name in TERMS if name in names and name not in values)
             request = Request(fused, options, seen, pixel_form, instance_form, center_form, pair_capacity)
-            given: Tensor | None = None
+            of_instances: Tensor | None = None
             if request.wants_instances and instance_form is None:
-                given = slow.instance_values(slow.volumes(x, found, options), found, instance, options)
+                of_instances = slow.instance_values(slow.volumes(x, found, options), found, instance, options)
             elif request.wants_instances and request.quantity == quantities.CROSS_ENTROPY and not options.hard:
                 checks.probabilities("loss_function_instance", x)
             if looked_at is not x:  # after a softmax, infinity no longer shows
                 health = health * _health(looked_at)
             if fused:
+                sums, totals = (pixel_sums, health), instances_of_all(found.counts, options)
                 together: Tensor = FusedTerms.apply(  # type: ignore[no-untyped-call]
-                    x, given, truth, pixel_sums, health, request, found.counts, found.geometry, *found.sites
+                    x, of_instances, truth, *sums, totals, request, found.counts, found.geometry, *found.sites
                 )
                 of_all = dict(zip(TERMS, together.to(x.dtype).unbind(), strict=True))
                 values.update((name, of_all[name]) for name in fused)
@@ -70,28 +72,37 @@ def _health(outputs: Tensor) -> Tensor:
 
 
 def _what_pixel_sees(
-    criterion: Criterion | None, form: FusedCriterion | None, names: Collection[str], options: Options
+    criterion: Criterion | None, form: FusedCriterion | None, given: Given, names: Collection[str], options: Options
 ) -> int:
     """What the pixel term works on if it is evaluated from the sums of the one pass over the volumes."""
     if "pixel" not in names or len(set(names)) == 1:
         return ops.NOT_FUSED
     if criterion is None:
         return ops.PROBABILITY
-    if form is None or form.batch is None or (options.num_out_chn > 1 and options.activation != "softmax"):
+    if form is None or form.batch is None:
         return ops.NOT_FUSED
-    return ops.HARD if options.activation == "softmax" else ops.RAW
+    if options.activation == "softmax":
+        return ops.HARD
+    # It sees the raw tensors, so they have to be the volumes of that pass.
+    raw = options.num_out_chn == 1 and not options.to_onehot_y
+    hidden = given.ignored is not None and options.activation == "sigmoid"  # there, a volume holds a logit
+    return ops.RAW if raw and not hidden else ops.NOT_FUSED
 
 
-def _pixel(outputs: Tensor, labels: Tensor, criterion: Criterion | None, options: Options) -> Tensor:
+def _pixel(x: Tensor, truth: Tensor, given: Given, criterion: Criterion | None, options: Options) -> Tensor:
     """The pixel term: on the raw tensors; with "softmax" on the activated output; by default Dice on probabilities."""
     if criterion is None:
-        likely = probabilities(to_activate(outputs, options), options)
-        return DICE.forward(likely[:, None], to_volume(select(labels, options))[:, None] == 1)
-    labels = labels.to(outputs.dtype)
+        return DICE.forward(probabilities(x, options)[:, None], (truth == 1)[:, None])
     if options.activation == "softmax":
-        likely, labels = to_activate(outputs, options), select(labels, options)
-        outputs = activated(likely, likely.detach() >= 1.0 / options.num_out_chn, options).view(labels.shape)
-    return checks.scalar("loss_function_pixel", criterion(outputs, labels))
+        a = activated(x, x.detach() >= 1.0 / options.num_out_chn, options)
+        shape = (given.outputs.shape[0], len(options.channels), 1, *given.outputs.shape[2:])
+        pairs = zip(a.view(shape).unbind(1), truth.to(a.dtype).view(shape).unbind(1), strict=True)
+        of_classes = [checks.scalar("loss_function_pixel", criterion(*pair)) for pair in pairs]
+        return of_classes[0] if len(of_classes) == 1 else torch.stack(of_classes).mean()
+    outputs = given.outputs
+    if given.ignored is not None and fused_form(criterion) is None:  # it makes probabilities of logits itself
+        outputs = outputs.masked_fill(given.ignored, background(options))
+    return checks.scalar("loss_function_pixel", criterion(outputs, given.labels.to(outputs.dtype)))
 
 
 def instance_segmentation_loss(
@@ -99,6 +110,7 @@ def instance_segmentation_loss(
     labels: Tensor,
     cc_label_batch: Tensor | None = None,
     *,
+    ignore_mask: Tensor | None = None,
     criterion: Criterion | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
@@ -114,6 +126,7 @@ def instance_segmentation_loss(
         labels: (B, 1, *spatial) or (B, N, *spatial), any real dtype; foreground where 1.
         cc_label_batch: (B, 1, *spatial), optional precomputed components of `labels`: 0 = background, any positive
             whole number = an instance.
+        ignore_mask: (B, 1, *spatial) bool, optional: where True, a voxel is neither foreground nor background.
         criterion: the loss c(u, w) of two volumes; None is Dice.
         **options: keyword options of `InstanceLoss`, same names, checks and defaults.
 
@@ -141,7 +154,7 @@ def instance_segmentation_loss(
     """
     checked = _checked(criterion, "criterion", options, slow_matters=True)
     names = ("instance_label", "instance_output")
-    values = evaluate_terms(outputs, labels, cc_label_batch, checked, names, instance=criterion)
+    values = evaluate_terms(outputs, labels, cc_label_batch, ignore_mask, checked, names, instance=criterion)
     return values["instance_label"], values["instance_output"]
 
 
@@ -150,6 +163,7 @@ def instance_center_loss(
     labels: Tensor,
     cc_label_batch: Tensor | None = None,
     *,
+    ignore_mask: Tensor | None = None,
     criterion: Criterion | None = None,
     **options: Any,
 ) -> Tensor:
@@ -163,6 +177,7 @@ def instance_center_loss(
             `activation="none"`.
         labels: (B, 1, *spatial) or (B, N, *spatial), any real dtype; foreground where 1.
         cc_label_batch: (B, 1, *spatial), optional precomputed components of `labels`.
+        ignore_mask: (B, 1, *spatial) bool, optional: where True, a voxel is neither foreground nor background.
         criterion: the loss c(u, w) of two volumes; None is Dice.
         **options: keyword options of `InstanceLoss`, same names, checks and defaults.
 
@@ -190,11 +205,17 @@ def instance_center_loss(
     """
     checked = _checked(criterion, "criterion", options, slow_matters=False)
     refuse_cross_entropy("criterion", criterion, checked.smoother)
-    return evaluate_terms(outputs, labels, cc_label_batch, checked, ("center",), center=criterion)["center"]
+    values = evaluate_terms(outputs, labels, cc_label_batch, ignore_mask, checked, ("center",), center=criterion)
+    return values["center"]
 
 
 def false_instance_rate_loss(
-    outputs: Tensor, labels: Tensor, cc_label_batch: Tensor | None = None, **options: Any
+    outputs: Tensor,
+    labels: Tensor,
+    cc_label_batch: Tensor | None = None,
+    *,
+    ignore_mask: Tensor | None = None,
+    **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """False instance rate loss: how many outputs touch no label, and how many labels no kept output touches.
 
@@ -206,6 +227,7 @@ def false_instance_rate_loss(
             `activation="none"`.
         labels: (B, 1, *spatial) or (B, N, *spatial), any real dtype; foreground where 1.
         cc_label_batch: (B, 1, *spatial), optional precomputed components of `labels`.
+        ignore_mask: (B, 1, *spatial) bool, optional: where True, a voxel is neither foreground nor background.
         **options: keyword options of `InstanceLoss`, same names, checks and defaults.
 
     Returns:
@@ -231,7 +253,7 @@ def false_instance_rate_loss(
         [1.0, 1.0]
     """
     names = ("false_instances", "missed_instances")
-    values = evaluate_terms(outputs, labels, cc_label_batch, Options(**options), names)
+    values = evaluate_terms(outputs, labels, cc_label_batch, ignore_mask, Options(**options), names)
     return values["false_instances"], values["missed_instances"]
 
 
@@ -240,6 +262,7 @@ def instance_proximity_loss(
     labels: Tensor,
     cc_label_batch: Tensor | None = None,
     *,
+    ignore_mask: Tensor | None = None,
     criterion: Criterion | None = None,
     **options: Any,
 ) -> Tensor:
@@ -253,6 +276,7 @@ def instance_proximity_loss(
             `activation="none"`.
         labels: (B, 1, *spatial) or (B, N, *spatial), any real dtype; foreground where 1.
         cc_label_batch: (B, 1, *spatial), optional precomputed components of `labels`.
+        ignore_mask: (B, 1, *spatial) bool, optional: where True, a voxel is neither foreground nor background.
         criterion: the loss c(u, w) of two volumes behind instance_label and instance_output; None is Dice.
         **options: keyword options of `InstanceLoss`, same names, checks and defaults.
 
@@ -277,7 +301,8 @@ def instance_proximity_loss(
         0.0
     """
     checked = _checked(criterion, "criterion", options, slow_matters=True)
-    return evaluate_terms(outputs, labels, cc_label_batch, checked, ("proximity",), instance=criterion)["proximity"]
+    values = evaluate_terms(outputs, labels, cc_label_batch, ignore_mask, checked, ("proximity",), instance=criterion)
+    return values["proximity"]
 
 
 def _checked(criterion: Criterion | None, name: str, options: dict[str, Any], *, slow_matters: bool) -> Options:

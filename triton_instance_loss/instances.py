@@ -35,7 +35,8 @@ def find(
     bound = capacity_bound(x.shape, options.num_iterations)
     ids = None
     if cc_label_batch is not None:
-        ids = to_volume(cc_label_batch).long() * (labels == 1)
+        ids = to_volume(cc_label_batch.expand(-1, len(options.classes), *cc_label_batch.shape[2:]))
+        ids = ids.long() * (labels == 1)
         bound = x[0].numel()
     search = (options.num_iterations or 0, options.min_instance_size)
     keep = (options.max_cc_out, float(options.mul_too_many))
@@ -45,3 +46,16 @@ def find(
     # A voxel makes at most one pair, and whole components at most one a 2x2x2 block. The table is a hash set: it is
     # half empty, and a power of two.
     return Found(tuple(sites), counts, geometry), 2 ** (2 * bound - 1).bit_length(), pixel_sums, health
+
+
+def instances_of_all(counts: Tensor, options: Options) -> Tensor | None:
+    """Kept outputs and labels of each class in all processes, a share of each process: (2, classes) float64.
+
+    A sample without any counts as one. None without a process group, or where samples are averaged and not instances.
+    """
+    if options.process_group is None or options.instance_wise_reduce != "instance":
+        return None
+    group = None if options.process_group == "world" else options.process_group
+    mine = counts[ops.KEPT :].clamp(min=1).view(2, -1, len(options.classes)).sum(1, dtype=torch.float64)
+    torch.distributed.all_reduce(mine, group=group)
+    return mine / torch.distributed.get_world_size(group)

@@ -1,7 +1,7 @@
 """The losses: `InstanceLoss`, `InstanceCenterLoss`, and `WeightedSum` that makes one number of their terms."""
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -53,7 +53,7 @@ class _Family(_Loss):
         *,
         activation: str = "sigmoid",
         num_out_chn: int = 1,
-        object_chn: int = 1,
+        object_chn: int | Sequence[int] = 1,
         spatial_dims: int = 3,
         reduce_segmentation: str = "mean",
         instance_wise_reduce: str = "instance",
@@ -67,6 +67,9 @@ class _Family(_Loss):
         instance_wise_loss_no_tp: bool = True,
         rate_instead_number: bool = False,
         gradients: str = "surrogate",
+        to_onehot_y: bool = False,
+        ignore_index: float | None = None,
+        process_group: Any = None,
     ) -> None:
         super().__init__()
         self.options = Options(
@@ -86,21 +89,37 @@ class _Family(_Loss):
             instance_wise_loss_no_tp=instance_wise_loss_no_tp,
             rate_instead_number=rate_instead_number,
             gradients=gradients,
+            to_onehot_y=to_onehot_y,
+            ignore_index=ignore_index,
+            process_group=process_group,
         )
         self._set_criteria(loss_function_pixel, loss_function_instance, loss_function_center)
 
-    def forward(self, outputs: Tensor, labels: Tensor, cc_label_batch: Tensor | None = None) -> Any:
+    def forward(
+        self,
+        outputs: Tensor,
+        labels: Tensor,
+        cc_label_batch: Tensor | None = None,
+        *,
+        ignore_mask: Tensor | None = None,
+    ) -> Any:
         """The terms of a batch; the class says what goes in and what comes out."""
-        return self.terms(**self.evaluate(outputs, labels, cc_label_batch, self.terms._fields))
+        return self.terms(**self.evaluate(outputs, labels, cc_label_batch, ignore_mask, self.terms._fields))
 
     def evaluate(
-        self, outputs: Tensor, labels: Tensor, cc_label_batch: Tensor | None, names: Collection[str]
+        self,
+        outputs: Tensor,
+        labels: Tensor,
+        cc_label_batch: Tensor | None,
+        ignore_mask: Tensor | None,
+        names: Collection[str],
     ) -> dict[str, Tensor]:
         """Only the terms `names`, by name, in the order of the terms."""
         return evaluate_terms(
             outputs,
             labels,
             cc_label_batch,
+            ignore_mask,
             self.options,
             names,
             pixel=self.loss_function_pixel,
@@ -133,7 +152,7 @@ class _Family(_Loss):
         return ", ".join(f"{name}={value!r}" for name, value in self._parameters_in_use() if name not in self._modules)
 
     def _parameters_in_use(self) -> list[tuple[str, Any]]:
-        return [(name, getattr(self, name)) for name in CRITERIA] + list(dataclasses.asdict(self.options).items())
+        return [(name, getattr(self, name)) for name in (*CRITERIA, *NAMES)]
 
     def _set_criteria(self, *chosen: Criterion | None, options: Options | None = None) -> None:
         options = options or self.options
@@ -166,13 +185,15 @@ class InstanceLoss(_Family):
     pixel, instance_label, instance_output, center, false_instances, missed_instances, proximity; the functions of
     `triton_instance_loss.functional` give the formula of each.
 
-    Called as `loss(outputs, labels, cc_label_batch=None)`:
+    Called as `loss(outputs, labels, cc_label_batch=None, *, ignore_mask=None)`:
 
     - outputs: (B, N, H, W) or (B, N, H, W, D), float16, bfloat16, float32 or float64: logits, or with
       `activation="none"` probabilities or any finite numbers. Half precision is widened to float32.
     - labels: (B, 1, *spatial) or (B, N, *spatial), any real dtype, bool included; foreground where 1.
     - cc_label_batch: (B, 1, *spatial), optional: the components of `labels`, precomputed; 0 = background, any positive
       whole number = an instance.
+    - ignore_mask: (B, 1, *spatial) bool, optional: where True, a voxel is neither foreground nor background for any
+      term, and gets no gradient.
 
     Args:
         loss_function_pixel: the loss of the pixel term, on the raw `outputs` and `labels` (widened; with "softmax" on
@@ -184,7 +205,9 @@ class InstanceLoss(_Family):
         activation: "sigmoid" and "softmax" make the output 0 or 1 (and pass the derivative of the probability);
             "none" takes it as it is.
         num_out_chn: channels N of `outputs`; at least 2 for "softmax".
-        object_chn: the channel that is looked at, counted from 0; with one channel, that one whatever the value.
+        object_chn: the channel that is looked at, counted from 0; with one channel, that one whatever the value. Of
+            several, each is a class against the rest, `labels` have N channels (or see `to_onehot_y`), and terms are
+            averaged over classes. The pixel loss is called once all the same where it works on the raw tensors.
         spatial_dims: 2 or 3.
         reduce_segmentation: "mean" or "sum" over the instances of a sample, with `instance_wise_reduce="data"`.
         instance_wise_reduce: "instance": mean over all instances of the batch; "data": per sample, then mean.
@@ -202,6 +225,12 @@ class InstanceLoss(_Family):
         rate_instead_number: give false and missed instances as rates.
         gradients: "surrogate" gives every term a gradient; "reference" those of the published code, zero for center,
             false_instances and missed_instances, and for all instance terms with "sigmoid" and "softmax".
+        to_onehot_y: `labels` are (B, 1, *spatial) and hold the number of a class; foreground where it is `object_chn`.
+        ignore_index: voxels of this label (in any channel) are ignored, like those of `ignore_mask`. A pixel loss sees
+            background there; one that averages over voxels still counts them.
+        process_group: with `instance_wise_reduce="instance"`, average over the instances of all processes: "world", or
+            a group of torch.distributed. The loss of a process is then its share, and the mean of all shares, whose
+            gradient is what DistributedDataParallel makes, is the loss of the joint batch. None: each for itself.
 
     Raises:
         TypeError: An argument of the wrong type; a criterion that is not callable or returns no tensor; integer or
@@ -290,8 +319,8 @@ class WeightedSum(_Loss):
         ValueError: A weight for a term that `loss` does not have, or a weight that is not finite.
 
     Note:
-        Called as `loss(outputs, labels, cc_label_batch=None)`, it returns a 0-d tensor that is connected to the graph
-        of `outputs` whatever the input: empty patches never leave a parameter without a gradient.
+        Called as `loss(outputs, labels, cc_label_batch=None, *, ignore_mask=None)`, it returns a 0-d tensor, connected
+        to the graph of `outputs` whatever the input: empty patches never leave a parameter without a gradient.
 
     Example:
         >>> import torch
@@ -314,10 +343,17 @@ class WeightedSum(_Loss):
         self.weights = {name: float(weights.get(name, DEFAULT_WEIGHTS[name])) for name in names}
         self.terms: dict[str, Tensor] = {}
 
-    def forward(self, outputs: Tensor, labels: Tensor, cc_label_batch: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        outputs: Tensor,
+        labels: Tensor,
+        cc_label_batch: Tensor | None = None,
+        *,
+        ignore_mask: Tensor | None = None,
+    ) -> Tensor:
         """The weighted sum of a batch."""
         used = [name for name, weight in self.weights.items() if weight != 0.0]
-        values = self.loss.evaluate(outputs, labels, cc_label_batch, used)
+        values = self.loss.evaluate(outputs, labels, cc_label_batch, ignore_mask, used)
         self.terms = {name: value.detach() for name, value in values.items()}
         weighted = [self.weights[name] * value for name, value in values.items()]
         if not weighted or (outputs.requires_grad and not any(value.requires_grad for value in weighted)):

@@ -101,10 +101,12 @@ _SCHEMAS = {
     " Tensor labels, Tensor[] sites, Tensor pairs, Tensor counts, int activation, int quantity, bool no_tp, int pixel,"
     " int pixel_quantity) -> Tensor",
     # results of the other operators; without owned or distances there is no center or proximity, and without values
-    # (2 B, capacity) of the criterion these follow from the sums
+    # (2 B, capacity) of the criterion these follow from the sums. Samples belong to classes in turns, and instances are
+    # averaged class by class: over those of the batch, or over totals (2, classes) float64 of kept outputs and labels
     # -> terms (7,) float64, slopes of instances (2 B, capacity, 5; of a side without any, row 0) and samples (B, 7)
     "terms": "(Tensor sums, Tensor sample_sums, Tensor pixel_sums, Tensor health, Tensor counts, Tensor geometry,"
-    " Tensor? owned, Tensor? distances, Tensor? values, float[] numbers, int reduction, bool rates)"
+    " Tensor? owned, Tensor? distances, Tensor? values, Tensor? totals, float[] numbers, int classes, int reduction,"
+    " bool rates)"
     " -> (Tensor, Tensor, Tensor)",
     # gradients of the terms; with masses those that the surrogate adds, with values those of the criterion
     # -> gradients of sums (2 B, capacity, 3), of sample sums (B, 2), and of those of the pixel term (B, 2)
@@ -287,7 +289,9 @@ def _fake_terms(
     owned: Tensor | None,
     distances: Tensor | None,
     values: Tensor | None,
+    totals: Tensor | None,
     numbers: list[float],
+    classes: int,
     reduction: int,
     rates: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,7 +2,9 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from . import checks
 
@@ -12,12 +14,12 @@ class Options:
     """All options but the three criteria, checked; `dataclasses.replace` gives a changed and checked copy.
 
     The public classes say what each means (`InstanceLoss`). Names and defaults are the published ones, except
-    `num_iterations` (whole components), `centroid_offset` (the documented 3) and `gradients`, which is ours.
+    `num_iterations` (whole components), `centroid_offset` (the documented 3) and the last four, which are ours.
     """
 
     activation: str = "sigmoid"
     num_out_chn: int = 1
-    object_chn: int = 1
+    object_chn: int | Sequence[int] = 1
     spatial_dims: int = 3
     reduce_segmentation: str = "mean"
     instance_wise_reduce: str = "instance"
@@ -31,6 +33,9 @@ class Options:
     instance_wise_loss_no_tp: bool = True
     rate_instead_number: bool = False
     gradients: str = "surrogate"
+    to_onehot_y: bool = False
+    ignore_index: float | None = None
+    process_group: Any = None
 
     def __post_init__(self) -> None:
         checks.choice("activation", self.activation, ("sigmoid", "softmax", "none"))
@@ -38,12 +43,9 @@ class Options:
         checks.choice("instance_wise_reduce", self.instance_wise_reduce, ("instance", "data"))
         checks.choice("gradients", self.gradients, ("surrogate", "reference"))
         checks.integer("num_out_chn", self.num_out_chn, 2 if self.activation == "softmax" else 1)
-        checks.integer("object_chn", self.object_chn, 0)
-        if self.num_out_chn > 1 and self.object_chn >= self.num_out_chn:
-            raise ValueError(
-                f"object_chn must be a channel from 0 to {self.num_out_chn - 1} (num_out_chn={self.num_out_chn}), "
-                f"got {self.object_chn!r}."
-            )
+        if isinstance(self.object_chn, list):  # as JSON has it
+            object.__setattr__(self, "object_chn", tuple(self.object_chn))
+        checks.channels("object_chn", self.object_chn, self.num_out_chn)
         checks.integer("spatial_dims", self.spatial_dims, 2)
         if self.spatial_dims > 3:
             raise ValueError(f"spatial_dims must be 2 or 3, got {self.spatial_dims!r}.")
@@ -58,11 +60,37 @@ class Options:
         checks.number("smoother", self.smoother, 0, above_minimum=True)
         checks.flag("instance_wise_loss_no_tp", self.instance_wise_loss_no_tp)
         checks.flag("rate_instead_number", self.rate_instead_number)
+        checks.flag("to_onehot_y", self.to_onehot_y)
+        if self.ignore_index is not None:
+            checks.number("ignore_index", self.ignore_index)
+            foreground = self.classes if self.to_onehot_y else (1,)
+            if self.ignore_index in foreground:
+                raise ValueError(
+                    f"ignore_index must not be a label of foreground, {foreground}, got {self.ignore_index!r}."
+                )
+            self.check_ignoring()
+        checks.process_group("process_group", self.process_group)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Options":
+        return self  # nothing in it changes, and a process group has no copy
+
+    def check_ignoring(self) -> None:
+        """Voxels can be ignored only if there is a value that is background."""
+        if self.activation == "sigmoid" and self.segmentation_threshold <= 0:
+            raise ValueError(
+                "segmentation_threshold must be above 0 where voxels are ignored, as any probability reaches it, "
+                f"got {self.segmentation_threshold!r}."
+            )
 
     @property
-    def channel(self) -> int:
-        """The channel of `outputs` that is looked at, counted from 0."""
-        return self.object_chn if self.num_out_chn > 1 else 0
+    def classes(self) -> tuple[int, ...]:
+        """The classes that are looked at, one against the rest."""
+        return (self.object_chn,) if isinstance(self.object_chn, int) else tuple(self.object_chn)
+
+    @property
+    def channels(self) -> tuple[int, ...]:
+        """Their channels in `outputs`, counted from 0."""
+        return self.classes if self.num_out_chn > 1 else (0,)
 
     @property
     def hard(self) -> bool:

@@ -66,13 +66,19 @@ class Request:
             return ops.BY_INSTANCE
         return ops.BY_MEAN if self.options.reduce_segmentation == "mean" else ops.BY_SUM
 
+    @property
+    def classes(self) -> int:
+        """How many classes the samples of a volume belong to, in turns."""
+        return len(self.options.classes)
+
     def numbers(self, shape: torch.Size) -> list[float]:
         """What the operator `terms` is told of the criteria, for volumes (B, D, H, W)."""
         voxels = math.prod(shape[1:])
         pixel = instance = NOTHING
         if "pixel" in self.names:
             assert self.pixel_form is not None
-            pixel = self.pixel_form.ratio(voxels, 1.0 / shape[0] if self.pixel_form.batch == "mean" else 1.0)
+            samples = shape[0] if self.pixel_form.batch == "mean" else self.classes
+            pixel = self.pixel_form.ratio(voxels, 1.0 / samples)
         if self.wants_instances and self.instance_form is not None:
             instance = self.instance_form.ratio(voxels)
         center = self._center(voxels) if "center" in self.names else [*NOTHING, 0.0, 0.0, 0.0, 0.0]
@@ -131,6 +137,7 @@ class FusedTerms(torch.autograd.Function):
         labels: Tensor,
         pixel_sums: Tensor,
         health: Tensor,
+        totals: Tensor | None,
         request: Request,
         counts: Tensor,
         geometry: Tensor,
@@ -162,7 +169,9 @@ class FusedTerms(torch.autograd.Function):
             owned,
             distances,
             None if values is None else values.double(),
+            totals,
             request.numbers(x.shape),
+            request.classes,
             request.reduction,
             options.rate_instead_number,
         )
@@ -182,7 +191,7 @@ class FusedTerms(torch.autograd.Function):
                 None if each is None else _OnceDifferentiable.apply(each, x)  # type: ignore[no-untyped-call]
                 for each in grads
             )
-        return (*grads, *(None,) * (6 + ctx.num_sites))
+        return (*grads, *(None,) * (7 + ctx.num_sites))
 
     @staticmethod
     def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -69,7 +69,7 @@ class _Pairs:
     def by_row(self, side: Indices, values: NDArray[Any], capacity: int, batch: int) -> NDArray[np.float64]:
         """Values of pairs, summed over each row of one side, (B, capacity); pairs without a row there are left out."""
         at = self.sample * (capacity + 1) + side
-        sums = np.bincount(at, weights=values, minlength=batch * (capacity + 1))
+        sums: NDArray[Any] = np.bincount(at, weights=values, minlength=batch * (capacity + 1))
         return sums.reshape(batch, capacity + 1)[:, 1:]
 
     def gather(self, side: Indices, table: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -24,11 +24,9 @@ class _Criterion(NamedTuple):
     by_prediction: Numbers
 
 
-def _evaluate(ratio: list[float], intersection: Any, prediction: Any, label: Any, used: Any = True) -> _Criterion:
-    """A ratio of two linear functions, elementwise; 0 where it is not used."""
-    sums = (intersection, prediction, label)
-    above = ratio[0] * sums[0] + ratio[1] * sums[1] + ratio[2] * sums[2] + ratio[3]
-    below = ratio[4] * sums[0] + ratio[5] * sums[1] + ratio[6] * sums[2] + ratio[7]
+def _evaluate(ratio: list[float], sums: Numbers, used: Any = True) -> _Criterion:
+    """A ratio of two linear functions of intersection, prediction and label (last axis); 0 where it is not used."""
+    above, below = sums @ ratio[0:3] + ratio[3], sums @ ratio[4:7] + ratio[7]
     # No division by the zeros of unused rows.
     above, below = np.where(used, above, 0.0), np.where(used, below, 1.0)
     value, scale = above / below, np.where(used, 1.0 / below, 0.0)
@@ -55,18 +53,20 @@ class _Side(NamedTuple):
     def evaluate(self, ratio: list[float], missing: float, label: Numbers, whole: Numbers) -> Numbers:
         """The criterion of each instance, or of the whole sample in row 0; its slopes are noted."""
         cost = self.sums[..., ops.COST] + missing * (label - self.sums[..., ops.OVERLAP])
-        result = _evaluate(ratio, self.sums[..., ops.INTERSECTION], cost, label, self.used)
+        sums = np.stack((self.sums[..., ops.INTERSECTION], cost, label), axis=-1)
+        result = _evaluate(ratio, sums, self.used)
         self.slopes[..., ops.BY_INTERSECTION] = result.by_intersection
         self.slopes[..., ops.BY_PREDICTION] = result.by_prediction
         values = result.value.copy()
         values[self.alone, 0] = whole[self.alone]
         return values
 
-    def weights(self, reduction: int) -> Numbers:
+    def weights(self, reduction: int, classes: int, totals: Numbers | None) -> Numbers:
         """What one row of each sample adds to the mean over instances, (B,)."""
         counts = np.maximum(self.used.sum(1), 1)
         if reduction == ops.BY_INSTANCE:
-            return np.full(len(counts), 1.0 / counts.sum())
+            of_classes = counts.reshape(-1, classes).sum(0) if totals is None else totals
+            return np.tile(1.0 / (classes * of_classes), len(counts) // classes)
         each: Numbers = 1.0 / counts if reduction == ops.BY_MEAN else np.ones(len(counts))
         return each / len(counts)
 
@@ -89,7 +89,9 @@ def terms(
     owned: Tensor | None,
     distances: Tensor | None,
     values: Tensor | None,
+    totals: Tensor | None,
     numbers: list[float],
+    classes: int,
     reduction: int,
     rates: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -97,37 +99,42 @@ def terms(
     num_outputs, kept, num_labels = counts.numpy()
     batch = len(num_outputs)
     slopes = np.zeros((*sums.shape[:2], ops.SLOPES_COLUMNS))
-    of_sides = zip(*(np.split(table, 2) for table in (sums.numpy(), geometry.numpy(), slopes)), strict=True)
-    of_counts = (num_outputs, kept), (num_labels, num_labels)
-    out, lab = (_Side.of(*tables, *count) for tables, count in zip(of_sides, of_counts, strict=True))
+    out, lab = (
+        _Side.of(sums.numpy()[side], geometry.numpy()[side], slopes[side], *of_side)
+        for side, of_side in (
+            (slice(None, batch), (num_outputs, kept)),
+            (slice(batch, None), (num_labels, num_labels)),
+        )
+    )
     ratio = numbers[ops.INSTANCE_RATIO : ops.MISSING]
     results = np.zeros(ops.PROXIMITY + 1)
     of_samples = np.zeros((batch, ops.SAMPLE_SLOPES_COLUMNS))
     with np.errstate(all="ignore"):  # NaN and infinity are answers here
-        pixel = _evaluate(numbers[ops.PIXEL_RATIO : ops.INSTANCE_RATIO], *pixel_sums.numpy().T)
+        pixel = _evaluate(numbers[ops.PIXEL_RATIO : ops.INSTANCE_RATIO], pixel_sums.numpy())
         results[ops.PIXEL] = pixel.value.sum()
         of_samples[:, ops.PIXEL_BY_INTERSECTION] = pixel.by_intersection
         of_samples[:, ops.PIXEL_BY_PREDICTION] = pixel.by_prediction
 
         if values is not None:
-            of_outputs, of_labels = np.split(values.numpy(), 2)
+            output_values, label_values = np.split(values.numpy(), 2)
         else:
-            whole = _evaluate(ratio, *sample_sums.numpy().T, out.alone | lab.alone)
+            whole = _evaluate(ratio, sample_sums.numpy(), out.alone | lab.alone)
             of_samples[:, ops.WHOLE_BY_INTERSECTION] = whole.by_intersection
             of_samples[:, ops.WHOLE_BY_PREDICTION] = whole.by_prediction
-            of_labels = lab.evaluate(ratio, numbers[ops.MISSING], lab.sizes, whole.value)
-            of_outputs = out.evaluate(ratio, numbers[ops.MISSING], out.sums[..., ops.LABEL], whole.value)
-        for column, side, of_side, term in (
-            (ops.BY_LABEL, lab, of_labels, ops.INSTANCE_LABEL),
-            (ops.BY_OUTPUT, out, of_outputs, ops.INSTANCE_OUTPUT),
+            label_values = lab.evaluate(ratio, numbers[ops.MISSING], lab.sizes, whole.value)
+            output_values = out.evaluate(ratio, numbers[ops.MISSING], out.sums[..., ops.LABEL], whole.value)
+        of_all = (None, None) if totals is None else totals.numpy()
+        for column, side, of_side, term, total in (
+            (ops.BY_OUTPUT, out, output_values, ops.INSTANCE_OUTPUT, of_all[0]),
+            (ops.BY_LABEL, lab, label_values, ops.INSTANCE_LABEL, of_all[1]),
         ):
-            of_samples[:, column] = side.weights(reduction)
+            of_samples[:, column] = side.weights(reduction, classes, total)
             results[term] = (of_samples[:, column] * of_side.sum(1)).sum()
 
         if distances is not None:
             slopes[..., ops.DISTANCE] = distances.numpy()
-            difference = (lab.slopes[..., ops.DISTANCE] * of_labels).sum(1)
-            difference -= (out.slopes[..., ops.DISTANCE] * of_outputs).sum(1)
+            difference = (lab.slopes[..., ops.DISTANCE] * label_values).sum(1)
+            difference -= (out.slopes[..., ops.DISTANCE] * output_values).sum(1)
             too_many = np.where(out.alone, num_outputs, 0)
             results[ops.PROXIMITY] = (difference**2 + too_many).mean()
             of_samples[:, ops.BY_DISTANCE] = 2.0 * difference / batch
@@ -153,9 +160,9 @@ def _center(out: _Side, lab: _Side, owned: Numbers, numbers: list[float]) -> flo
     alone = np.where(lab.used, of_labels[..., 0], 0.0).sum(1)
     ratio, slopes = numbers[ops.CENTER_RATIO : ops.CENTER_SLOPES], numbers[ops.CENTER_SLOPES : ops.SMOOTHER]
     in_both, in_outputs = inside.sum(1), outside.sum(1)
-    above = ratio[0] * in_both + ratio[1] * in_outputs + ratio[2] * alone + ratio[3]
-    below = ratio[4] * in_both + ratio[5] * in_outputs + ratio[6] * alone + ratio[7]
-    value = above / below
+    counted = np.stack((in_both, in_outputs, alone), axis=-1)
+    below = counted @ ratio[4:7] + ratio[7]
+    value = (counted @ ratio[0:3] + ratio[3]) / below
     by_inside, by_outside = ((slopes[i] - value * slopes[i + 2]) / (below * len(value)) for i in (0, 1))
     by_height = by_inside[:, None] * inside + by_outside[:, None] * outside
     out.slopes[..., ops.BY_CENTER] = by_height / out.sizes
