@@ -230,6 +230,31 @@ def test_several_channels(device, matching):
         torch.testing.assert_close(found, expected)
 
 
+@both_matchings
+def test_a_column_for_each_of_several_classes(device, matching):
+    generator = torch.Generator().manual_seed(1)
+    outputs = torch.randn(2, 3, 9, 8, 7, generator=generator).to(device)
+    numbers = torch.randint(0, 3, (2, 1, 9, 8, 7), generator=generator).to(device)
+    options = {"num_out_chn": 3, "activation": "softmax", "matching": matching, "to_onehot_y": True}
+    both = instance_metrics(outputs, numbers, object_chn=[2, 1], **options)
+    for column, number in enumerate((2, 1)):
+        one = instance_metrics(outputs, numbers, object_chn=number, **options)
+        for several, single in zip(both, one, strict=True):
+            assert several.shape == (2, 2)
+            assert torch.equal(several[:, column], single)
+
+
+@both_matchings
+def test_ignored_voxels_are_background(device, matching):
+    outputs, labels = (draw("##..##. ##..... .......").to(device) for _ in range(2))
+    ignored = draw("....### ....... .......").to(device) == 1
+    options = {"activation": "none", "spatial_dims": 2, "matching": matching}
+    found = instance_metrics(outputs.masked_fill(ignored, torch.nan), labels, ignore_mask=ignored, **options)
+    assert (found.num_outputs.item(), found.num_labels.item(), found.matched.item()) == (1, 1, 1)
+    found = instance_metrics(outputs, labels.masked_fill(ignored, 255), ignore_index=255, **options)
+    assert (found.num_outputs.item(), found.num_labels.item(), found.matched.item()) == (1, 1, 1)
+
+
 def test_all_outputs_count(backend):
     """Also where a loss would use none of them."""
     outputs, labels = torch.zeros(2, 1, 1, 5, 35)
@@ -292,7 +317,7 @@ def test_options_are_those_of_the_losses():
     parameters = inspect.signature(instance_metrics).parameters
     theirs = inspect.signature(Options).parameters
     shared = [name for name in parameters if name in theirs]
-    assert len(shared) == 7
+    assert len(shared) == 9
     assert all(parameters[name].default == theirs[name].default for name in shared)
 
 

@@ -1,19 +1,20 @@
 """Instance metrics from the tables that the losses are made of: `instance_metrics`."""
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import checks, ops, quantities
-from .activation import check_and_widen, select, to_activate, to_volume
+from .activation import check_and_widen, to_activate, to_compare
 from .components import rows_of_tables
 from .instances import Found, find, first_rows
 from .options import Options
 
 
 class InstanceMetrics(NamedTuple):
-    """What `instance_metrics` returns; each field is (B,), one number a sample."""
+    """What `instance_metrics` returns; each field is (B,), one number a sample, or of several classes (B, classes)."""
 
     num_outputs: Tensor
     num_labels: Tensor
@@ -43,15 +44,18 @@ def instance_metrics(
     labels: Tensor,
     cc_label_batch: Tensor | None = None,
     *,
+    ignore_mask: Tensor | None = None,
     matching: Literal["overlap", "iou"] = "overlap",
     iou_threshold: float = 0.5,
     activation: str = "sigmoid",
     num_out_chn: int = 1,
-    object_chn: int = 1,
+    object_chn: int | Sequence[int] = 1,
     spatial_dims: int = 3,
     num_iterations: int | None = None,
     segmentation_threshold: float = 0.5,
     min_instance_size: int = 0,
+    to_onehot_y: bool = False,
+    ignore_index: float | None = None,
 ) -> InstanceMetrics:
     """Count matched, missed and false instances of each sample, and say how well they match.
 
@@ -87,20 +91,23 @@ def instance_metrics(
         labels: (B, 1, *spatial) or (B, N, *spatial), any real dtype; foreground where 1.
         cc_label_batch: (B, 1, *spatial), optional precomputed components of `labels`: 0 = background, any positive
             whole number = an instance.
+        ignore_mask: (B, 1, *spatial) bool, optional: where True, a voxel is neither foreground nor background.
         matching: "overlap" or "iou".
         iou_threshold: from 0.5 to 1, used with "iou" alone; a pair has to be above it.
         activation: "sigmoid", "softmax" or "none"; this and all that follow are as in `InstanceLoss`.
         num_out_chn: channels of `outputs`.
-        object_chn: the channel that is looked at, counted from 0, if there are several.
+        object_chn: the channel that is looked at, counted from 0, if there are several; or several of them.
         spatial_dims: 2 or 3.
         num_iterations: None for whole components, or rounds of max-pooling as in the published code.
         segmentation_threshold: an output voxel is foreground from here on.
         min_instance_size: components of this many voxels or fewer are background, on both sides.
+        to_onehot_y: `labels` are (B, 1, *spatial) and hold the number of a class.
+        ignore_index: voxels of this label are ignored.
 
     Returns:
-        `InstanceMetrics`, a named tuple of tensors (B,) in float32, or float64 if `outputs` is, on their device.
-        Counts are whole numbers. A sample with NaN or infinity in what is looked at of its outputs has NaN in every
-        field; finite outputs never give NaN.
+        `InstanceMetrics`, a named tuple of tensors (B,), or (B, classes) if `object_chn` is a sequence, in float32, or
+        float64 if `outputs` is, on their device. Counts are whole numbers. A sample with NaN or infinity in what is
+        looked at of its outputs has NaN in every field; finite outputs never give NaN.
 
     Raises:
         TypeError: An argument has the wrong type (integer or complex `outputs`, ...).
@@ -139,24 +146,29 @@ def instance_metrics(
         num_iterations=num_iterations,
         segmentation_threshold=segmentation_threshold,
         min_instance_size=min_instance_size,
+        to_onehot_y=to_onehot_y,
+        ignore_index=ignore_index,
         max_cc_out=0,  # every output is kept,
         mul_too_many=checks.MAX_VOXELS,  # and there are never too many
     )
-    outputs, labels, cc_label_batch = check_and_widen(outputs, labels, cc_label_batch, options)
-    outputs = outputs.detach()
-    with torch.autocast(outputs.device.type, enabled=False):
-        x, truth = to_activate(outputs, options), to_volume(select(labels, options))
+    given = check_and_widen(outputs, labels, cc_label_batch, ignore_mask, options)
+    given = given._replace(outputs=given.outputs.detach())
+    with torch.autocast(given.outputs.device.type, enabled=False):
+        x, truth = to_activate(given, options), to_compare(given, options)
         pixel = ops.NOT_FUSED, quantities.MASS
-        found, pair_capacity, _, _ = find(x, truth, cc_label_batch, pixel, options)
+        found, pair_capacity, _, _ = find(x, truth, given.ids, pixel, options)
         if matching == "overlap":
             matches = _match_by_overlap(x, found, pair_capacity)
         else:
             matches = _match_by_iou(x, found, iou_threshold)
         num_outputs, num_labels = found.counts[ops.OUTPUTS].double(), found.counts[ops.LABELS].double()
         metrics = _from_matches(num_outputs, num_labels, matches)
-        low, high = torch.aminmax((outputs if activation == "softmax" else x).flatten(1), dim=1)
+        shape = (len(given.outputs), len(options.classes))
+        looked_at = given.outputs.flatten(1)[:, None] if activation == "softmax" else x.view(*shape, -1)
+        low, high = torch.aminmax(looked_at, dim=2)
         health = 1.0 + 0.0 * low + 0.0 * high  # NaN if any output is NaN or infinite
-        return InstanceMetrics(*(value.to(x.dtype) * health for value in metrics))
+        of_classes = (value.view(shape).to(x.dtype) * health for value in metrics)
+        return InstanceMetrics(*(value[:, 0] if isinstance(object_chn, int) else value for value in of_classes))
 
 
 def _match_by_overlap(x: Tensor, found: Found, pair_capacity: int) -> _Matches:
