@@ -6,6 +6,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from triton_instance_loss import InstanceLoss, WeightedSum, checks, connected_components, ops
+from triton_instance_loss.metrics import instance_metrics
 
 # Operators whose result Python reads, or whose shape depends on data: on CUDA each of them waits for the device.
 SYNCHRONISING = {
@@ -83,6 +84,15 @@ def test_kernels_way_never_synchronises(kernels_alone, options):
         torch.stack(terms).sum().backward()
         connected_components(labels, relabel=True)
     assert torch.isfinite(outputs.grad).all()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on CUDA, test_cuda.py asks the driver instead")
+@pytest.mark.parametrize("matching", ["overlap", "iou"])
+def test_metrics_never_synchronise(kernels_alone, matching):
+    outputs, labels = batch(shape=(4, 5, 3))
+    with NoSynchronisation():
+        metrics = instance_metrics(outputs, labels, matching=matching)
+    assert all(torch.isfinite(value).all() for value in metrics)
 
 
 @pytest.mark.parametrize("activation", ["sigmoid", "none"])
@@ -183,6 +193,19 @@ def test_compiles_for_several_shapes(dynamic):
     for shape in ((8, 9, 7), (10, 12, 6), (5, 5, 5)):
         outputs, labels = batch(shape=shape)
         torch.testing.assert_close(compiled(outputs, labels), loss(outputs, labels))
+
+
+@pytest.mark.parametrize("matching", ["overlap", "iou"])
+def test_metrics_compile_whole(matching):
+    """In one graph, for other numbers of instances and other shapes."""
+    torch.compiler.reset()
+    compiled = torch.compile(instance_metrics, fullgraph=True, backend="aot_eager")
+    for seed, shape in enumerate(((8, 9, 7), (8, 9, 7), (10, 12, 6))):
+        outputs, labels = batch(seed=seed, shape=shape)
+        outputs = outputs + 4 * labels - 2
+        expected = instance_metrics(outputs, labels, matching=matching)
+        torch.testing.assert_close(compiled(outputs, labels, matching=matching), expected)
+        assert expected.matched.sum() > 0
 
 
 def test_weights_that_change_are_not_compiled_each_time():

@@ -19,6 +19,7 @@ ORDER = [
     "nnunet",
     "losses",
     "functional",
+    "metrics",
     "slow",
     "terms",
     "criteria",

@@ -6,6 +6,7 @@ if not (Path(__file__).parent / "kernels").is_dir():
     # A checkout that is not installed: the kernels are the folder beside this package.
     __path__.append(str(Path(__file__).parent.parent))
 
+from . import metrics as metrics
 from .components import connected_components
 from .losses import InstanceCenterLoss, InstanceLoss, WeightedSum
 
