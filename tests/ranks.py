@@ -97,10 +97,12 @@ def sharded(network):
 
 
 DATA = {"instance_wise_reduce": "data"}
+GLOBAL = {"process_group": "world"}
 WRAPPERS = {"ddp": torch.nn.parallel.DistributedDataParallel, "fsdp": sharded}
 STEPS = {"one step": one_step, "two steps": two_steps}
 # What wraps the network, how the batch is gone through, and options of the loss.
-RUNS = [(wrapper, steps, DATA) for wrapper in WRAPPERS for steps in STEPS] + [("ddp", "one step", {})]
+RUNS = [(wrapper, steps, DATA) for wrapper in WRAPPERS for steps in STEPS] + [("ddp", "one step", GLOBAL)]
+RUNS += [("ddp", "one step", {})]
 
 
 def gradients_of_runs(rank, device):

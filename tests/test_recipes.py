@@ -122,6 +122,24 @@ def test_precomputed_components(recipe):
     assert printed == ["2.0 1.0", "[1]"]
 
 
+def test_several_classes(recipe):
+    variables, _ = recipe("Several classes")
+    logits, numbers, options = variables["logits"], variables["numbers"], variables["options"]
+    assert (logits.grad.flatten(2).abs().sum(2) > 0).all()
+    options.pop("object_chn")
+    of_classes = [
+        InstanceLoss(rate_instead_number=True, object_chn=number, **options)(logits, numbers) for number in (1, 2)
+    ]
+    for name, value in variables["instances"].terms.items():
+        torch.testing.assert_close(value, sum(getattr(terms, name).detach() for terms in of_classes) / 2)
+
+
+def test_voxels_to_ignore(recipe):
+    variables, printed = recipe("Voxels to ignore")
+    assert printed == ["False False"]
+    assert variables["logits"].grad.any()
+
+
 def test_mixed_precision(recipe):
     variables, _ = recipe("Mixed precision")
     assert variables["value"].dtype == torch.float32
