@@ -4,6 +4,8 @@
 #   make test    install, then run the whole test suite
 #
 #   make test-nnunet    train with nnU-Net, in an environment of its own, .venv-nnunet
+#   make test-wheel     build a wheel from the commit or tag TAG, and run the whole test suite on it, in build/wheel
+#   make docs           the API page, build/docs/api.html
 #
 # TORCH chooses the torch requirement, for example: make test TORCH=torch==2.6.0
 
@@ -13,8 +15,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 NNUNET_VENV ?= .venv-nnunet
 NNUNET_BIN := $(NNUNET_VENV)/bin
+TAG ?= HEAD
 
-.PHONY: demo test test-nnunet nnunet-2d nnunet-3d lint clean
+.PHONY: demo test test-nnunet nnunet-2d nnunet-3d test-wheel docs lint clean
 
 demo: $(VENV)/examples
 	$(BIN)/python examples/quickstart.py
@@ -27,6 +30,21 @@ test-nnunet: $(NNUNET_VENV)/nnunet
 
 nnunet-2d nnunet-3d:
 	$(NNUNET_BIN)/python -m pytest --noconftest tests/nnunet_training.py -k $(@:nnunet-%=%)
+
+# The sources of the package are gone before the tests run, so they can only import what was installed.
+test-wheel: $(VENV)/dev
+	rm -rf build/wheel
+	mkdir -p build/wheel/source
+	git archive $(TAG) | tar -x -C build/wheel/source
+	$(BIN)/python -m build --quiet --wheel --outdir build/wheel build/wheel/source
+	rm -r build/wheel/source/triton_instance_loss build/wheel/source/kernels
+	$(PYTHON) -m venv build/wheel/venv
+	build/wheel/venv/bin/python -m pip install --quiet "$(TORCH)"
+	build/wheel/venv/bin/python -m pip install --quiet "$$(echo build/wheel/*.whl)[test]" "$(TORCH)"
+	cd build/wheel/source && ../venv/bin/python -m pytest -n auto
+
+docs: $(VENV)/dev
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs build/docs
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import triton_instance_loss
-from triton_instance_loss import ops
+from triton_instance_loss import functional, ops
 
 PACKAGE = Path(triton_instance_loss.__file__).parent
 ROOT = Path(__file__).parents[1]
@@ -147,6 +147,19 @@ def test_public_names():
     assert (PACKAGE / "py.typed").exists()
 
 
-def test_version_is_the_one_of_the_package():
-    project = (ROOT / "pyproject.toml").read_text()
-    assert re.search(r'^version = "(.+)"$', project, re.M).group(1) == triton_instance_loss.__version__
+def test_one_version_everywhere():
+    places = {
+        "pyproject.toml": r'^version = "(.+)"$',
+        "CITATION.cff": r"^version: (.+)$",
+        "CHANGELOG.md": r"^## (\S+)",
+    }
+    for file, line in places.items():
+        assert re.search(line, (ROOT / file).read_text(), re.M).group(1) == triton_instance_loss.__version__
+
+
+def test_public_names_are_on_the_api_page():
+    page = (ROOT / "docs" / "api.rst").read_text()
+    functions = [name for name, value in vars(functional).items() if name.endswith("_loss") and callable(value)]
+    assert len(functions) == 4
+    for name in (*triton_instance_loss.__all__, *functions, "instance_metrics", "register_criterion"):
+        assert re.search(rf"\b{name}\b", page), name

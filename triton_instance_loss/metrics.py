@@ -66,19 +66,19 @@ def instance_metrics(
     - "iou": O_i and L_j match, one to one, if their IoU is above `iou_threshold`, and both are matched and correct.
       From 0.5 on there is no choice: no other instance can have as large an IoU with either of them.
 
-    | field | value |
-    |---|---|
-    | num_outputs, num_labels | n_O, n_L |
-    | matched | number of matched labels, TP |
-    | missed | n_L - matched, FN |
-    | false | n_O less the number of correct outputs, FP |
-    | sensitivity | matched / n_L |
-    | precision | correct outputs / n_O |
-    | f1 | harmonic mean of sensitivity and precision, the lesion-wise F1; 0 if both are 0 |
-    | recognition_quality, RQ | TP / (TP + FP / 2 + FN / 2); with "iou" the same as f1 |
-    | segmentation_quality, SQ | mean IoU of the matched labels |
-    | panoptic_quality | RQ * SQ |
-    | dice | mean Dice of the matched labels, of the same pairs as IoU |
+    The fields are:
+
+    - num_outputs, num_labels: n_O, n_L.
+    - matched: number of matched labels, TP.
+    - missed: n_L - matched, FN.
+    - false: n_O less the number of correct outputs, FP.
+    - sensitivity: matched / n_L.
+    - precision: correct outputs / n_O.
+    - f1: harmonic mean of sensitivity and precision, the lesion-wise F1; 0 if both are 0.
+    - recognition_quality: RQ = TP / (TP + FP / 2 + FN / 2); with "iou" the same as f1.
+    - segmentation_quality: SQ, the mean IoU of the matched labels.
+    - panoptic_quality: RQ * SQ.
+    - dice: mean Dice of the matched labels, of the same pairs as IoU.
 
     A share of nothing is 1: sensitivity without labels, precision without outputs, RQ without either. SQ and dice
     without a match are 0, or 1 if there is no instance at all. So two empty volumes have 1 everywhere, and if only one
