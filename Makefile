@@ -23,7 +23,7 @@ demo: $(VENV)/examples
 	$(BIN)/python examples/quickstart.py
 
 test: $(VENV)/test
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 test-nnunet: $(NNUNET_VENV)/nnunet
 	$(MAKE) --jobs=2 --output-sync nnunet-2d nnunet-3d

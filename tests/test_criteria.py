@@ -50,8 +50,8 @@ def name(loss):
 
 def batch(device, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    outputs = 0.05 + 0.9 * torch.rand(2, 1, 6, 7, 5, generator=generator, dtype=torch.float64)
-    labels = (torch.rand(2, 1, 6, 7, 5, generator=generator) > 0.8).double()
+    outputs = 0.05 + 0.9 * torch.rand(2, 1, 4, 5, 3, generator=generator, dtype=torch.float64)
+    labels = (torch.rand(2, 1, 4, 5, 3, generator=generator) > 0.8).double()
     return outputs.to(device).requires_grad_(), labels.to(device)
 
 
