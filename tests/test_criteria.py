@@ -9,7 +9,7 @@ from monai.losses import DiceCELoss, DiceLoss, GeneralizedDiceLoss, TverskyLoss
 
 from triton_instance_loss import InstanceLoss, criteria
 from triton_instance_loss.criteria import FusedCriterion, Linear, fused_form, register_criterion
-from triton_instance_loss.functional import instance_segmentation_loss
+from triton_instance_loss.functional import instance_center_loss, instance_segmentation_loss
 
 FUSED = [
     criteria.DiceLoss(),
@@ -82,6 +82,34 @@ def test_fused_equals_slow(backend, loss, no_tp):
     torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.parametrize("labels_are", ["binary", "fractions"])
+@pytest.mark.parametrize("loss", [*FUSED, DiceLoss(batch=True), DiceLoss(squared_pred=True, batch=True)], ids=name)
+def test_fused_pixel_equals_the_loss(loss, labels_are):
+    """From the sums of the one pass, as if it were called on the raw tensors."""
+    outputs, labels = batch("cpu", 1)
+    if labels_are == "fractions":
+        labels = labels + 0.25 * (labels == 0) * (outputs.detach() > 0.5)
+    terms = InstanceLoss(loss, activation="none")(outputs, labels)
+    expected = loss(outputs, labels)
+    torch.testing.assert_close(terms.pixel, expected, rtol=1e-12, atol=0)
+    (grad,), (truth,) = (torch.autograd.grad(value, outputs, retain_graph=True) for value in (terms.pixel, expected))
+    torch.testing.assert_close(grad, truth, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("loss", [DiceLoss(), torch.nn.MSELoss(), TverskyLoss()], ids=name)
+def test_fused_pixel_of_a_softmax_equals_the_loss_on_the_activated_output(backend, loss):
+    generator = torch.Generator().manual_seed(2)
+    outputs = torch.randn(2, 3, 4, 5, 3, generator=generator, dtype=torch.float64).to(backend).requires_grad_()
+    labels = (torch.rand(2, 1, 4, 5, 3, generator=generator) > 0.8).to(backend)
+    terms = InstanceLoss(loss, activation="softmax", num_out_chn=3)(outputs, labels)
+    soft = outputs.softmax(1)[:, 1:2]
+    activated = (soft >= 1 / 3).double() + soft - soft.detach()
+    expected = loss(activated, labels.double())
+    torch.testing.assert_close(terms.pixel, expected, rtol=1e-12, atol=0)
+    (grad,), (truth,) = (torch.autograd.grad(value, outputs, retain_graph=True) for value in (terms.pixel, expected))
+    torch.testing.assert_close(grad, truth, rtol=1e-10, atol=1e-14)
+
+
 @pytest.mark.parametrize("loss", SLOW, ids=name)
 @pytest.mark.filterwarnings("ignore:single channel prediction")
 def test_other_options_go_the_slow_way_with_one_warning(loss):
@@ -104,6 +132,17 @@ def test_functional_warns_at_the_caller():
     with pytest.warns(UserWarning, match="criterion: HuberLoss") as caught:
         instance_segmentation_loss(outputs, labels, criterion=torch.nn.HuberLoss())
     assert caught[0].filename == __file__
+
+
+def test_functional_center_with_a_criterion_without_a_fused_form(backend):
+    outputs, labels = batch(backend)
+    dice = criteria.DiceLoss()
+    options = {"activation": "none", "segmentation_threshold": 0.8}
+    results = []
+    for criterion in (dice, Unrecognised(dice)):
+        value = instance_center_loss(outputs, labels, criterion=criterion, **options)
+        results.append((value, *torch.autograd.grad(value, outputs)))
+    torch.testing.assert_close(*results, rtol=1e-10, atol=1e-14)
 
 
 def test_empty_side_and_zero_smoothing_stay_finite(backend):
