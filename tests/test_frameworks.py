@@ -86,6 +86,38 @@ def test_kernels_way_never_synchronises(kernels_alone, options):
     assert torch.isfinite(outputs.grad).all()
 
 
+CLASSES = {"activation": "softmax", "num_out_chn": 3, "object_chn": (1, 2), "to_onehot_y": True, "ignore_index": 255}
+
+
+def batch_of_classes(seed=0):
+    """Three channels of outputs, labels 0, 1, 2 and 255, and a mask of more voxels to ignore."""
+    generator = torch.Generator().manual_seed(seed)
+    outputs = torch.randn(1, 3, 4, 3, 5, generator=generator)
+    labels = torch.tensor((0, 0, 1, 2, 255))[torch.randint(0, 5, (1, 1, 4, 3, 5), generator=generator)]
+    return outputs.requires_grad_(), labels, torch.rand(labels.shape, generator=generator) < 0.1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on CUDA, test_cuda.py asks the driver instead")
+def test_classes_and_ignored_voxels_never_synchronise(kernels_alone):
+    outputs, labels, ignored = batch_of_classes()
+    with NoSynchronisation():
+        terms = InstanceLoss(**CLASSES)(outputs, labels, ignore_mask=ignored)
+        torch.stack(terms).sum().backward()
+    assert torch.isfinite(outputs.grad).all()
+
+
+def test_classes_and_ignored_voxels_compile_whole():
+    torch.compiler.reset()
+    loss = WeightedSum(InstanceLoss(**CLASSES, rate_instead_number=True))
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for seed in range(2):
+        outputs, labels, ignored = batch_of_classes(seed)
+        values = [run(outputs, labels, ignore_mask=ignored) for run in (loss, compiled)]
+        grads = [torch.autograd.grad(value, outputs)[0] for value in values]
+        torch.testing.assert_close(*values)
+        torch.testing.assert_close(*grads)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on CUDA, test_cuda.py asks the driver instead")
 @pytest.mark.parametrize("matching", ["overlap", "iou"])
 def test_metrics_never_synchronise(kernels_alone, matching):
