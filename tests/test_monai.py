@@ -119,7 +119,7 @@ def from_json(config):
 OPTIONS = {
     "activation": "softmax",
     "num_out_chn": 3,
-    "object_chn": 2,
+    "object_chn": [0, 2],
     "spatial_dims": 2,
     "reduce_segmentation": "sum",
     "instance_wise_reduce": "data",
@@ -133,6 +133,9 @@ OPTIONS = {
     "instance_wise_loss_no_tp": False,
     "rate_instead_number": True,
     "gradients": "reference",
+    "to_onehot_y": True,
+    "ignore_index": 255,
+    "process_group": "world",
 }
 
 
