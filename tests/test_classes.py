@@ -11,22 +11,22 @@ from reference import reference_terms
 
 from triton_instance_loss import InstanceLoss, WeightedSum, functional
 
-SHAPE = (2, 4, 7, 6)
+SHAPE = (4, 7, 6)
 CLASSES = (1, 3)
 OPTIONS = {"num_out_chn": 4, "spatial_dims": 2, "rate_instead_number": True}
 
 
-def several(device, seed=0):
-    """Four channels of outputs, and the number of the class of each pixel (2, 1, 7, 6); 0 is background."""
+def several(device, seed=0, batch=1):
+    """Four channels of outputs, and the number of the class of each pixel (batch, 1, 7, 6); 0 is background."""
     generator = torch.Generator().manual_seed(seed)
-    outputs = torch.randn(SHAPE, generator=generator, dtype=torch.float64)
-    numbers = torch.randint(0, 4, (2, 1, *SHAPE[2:]), generator=generator)
+    outputs = torch.randn((batch, *SHAPE), generator=generator, dtype=torch.float64)
+    numbers = torch.randint(0, 4, (batch, 1, *SHAPE[1:]), generator=generator)
     numbers[torch.rand(numbers.shape, generator=generator) < 0.6] = 0
     return outputs.to(device).requires_grad_(), numbers.to(device)
 
 
 def one_hot(numbers):
-    return torch.cat([numbers == number for number in range(SHAPE[1])], 1)
+    return torch.cat([numbers == number for number in range(SHAPE[0])], 1)
 
 
 def assert_same_terms(ours, expected, outputs, proximity=1e-9):
@@ -43,7 +43,7 @@ def assert_same_terms(ours, expected, outputs, proximity=1e-9):
 
 @pytest.mark.parametrize(("activation", "reduce"), [("softmax", "instance"), ("sigmoid", "data")])
 def test_terms_are_averaged_over_classes(backend, activation, reduce):
-    outputs, numbers = several(backend)
+    outputs, numbers = several(backend, batch=2)
     options = {**OPTIONS, "activation": activation, "instance_wise_reduce": reduce}
     ours = InstanceLoss(object_chn=CLASSES, **options)(outputs, one_hot(numbers))._asdict()
     each = [reference_terms(outputs, one_hot(numbers), object_chn=number, **options) for number in CLASSES]
@@ -72,9 +72,9 @@ def test_order_of_classes_and_a_list_from_json(backend):
 
 def test_classes_of_3d_volumes_share_given_ids(backend):
     generator = torch.Generator().manual_seed(3)
-    outputs = torch.randn((2, 2, 3, 4, 5), generator=generator, dtype=torch.float64).to(backend).requires_grad_()
+    outputs = torch.randn((1, 2, 3, 4, 5), generator=generator, dtype=torch.float64).to(backend).requires_grad_()
     labels = (torch.rand(outputs.shape, generator=generator) > 0.7).to(backend)
-    ids = torch.randint(1, 9, (2, 1, 3, 4, 5), generator=generator).to(backend)
+    ids = torch.randint(1, 9, (1, 1, 3, 4, 5), generator=generator).to(backend)
     ours = InstanceLoss(num_out_chn=2, object_chn=(0, 1))(outputs, labels, ids)._asdict()
     each = [InstanceLoss(num_out_chn=2, object_chn=c)(outputs, labels, ids)._asdict() for c in (0, 1)]
     # The mean over instances is one over those of a class.
@@ -106,10 +106,10 @@ def test_the_pixel_loss_of_raw_outputs_is_called_once(backend):
 
 def test_one_hot_labels_of_several_classes_are_asked_for():
     outputs, numbers = several("cpu")
-    message = "labels must have shape (2, 4, 7, 6) beside outputs of (2, 4, 7, 6), got (2, 1, 7, 6)"
+    message = "labels must have shape (1, 4, 7, 6) beside outputs of (1, 4, 7, 6), got (1, 1, 7, 6)"
     with pytest.raises(ValueError, match=re.escape(message)):
         InstanceLoss(object_chn=CLASSES, activation="softmax", **OPTIONS)(outputs, numbers)
-    with pytest.raises(ValueError, match=re.escape("labels must have shape (2, 1, 7, 6)")):
+    with pytest.raises(ValueError, match=re.escape("labels must have shape (1, 1, 7, 6)")):
         InstanceLoss(object_chn=1, activation="softmax", to_onehot_y=True, **OPTIONS)(outputs, one_hot(numbers))
 
 
@@ -119,7 +119,7 @@ def test_one_hot_labels_of_several_classes_are_asked_for():
 def with_ignored(device, activation, seed=6):
     """A batch, what is ignored, and the outputs and labels that have background there."""
     generator = torch.Generator().manual_seed(seed)
-    outputs = torch.randn((2, 1, 7, 6), generator=generator, dtype=torch.float64)
+    outputs = torch.randn((1, 1, 7, 6), generator=generator, dtype=torch.float64)
     outputs = outputs if activation == "sigmoid" else outputs.sigmoid()
     labels = (torch.rand(outputs.shape, generator=generator) > 0.7).double()
     ignored = torch.rand(outputs.shape, generator=generator) < 0.3

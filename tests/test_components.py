@@ -75,7 +75,7 @@ SHAPES = [(3, 1, 11, 7), (2, 1, 5, 4, 7), (1, 1, 1, 1), (1, 1, 1, 9, 1), (2, 1, 
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("density", [0.04, 0.2, 0.5, 1.0])
+@pytest.mark.parametrize("density", [0.04, 0.3, 1.0])
 def test_random(backend, shape, density):
     mask = torch.rand(shape, generator=torch.Generator().manual_seed(len(shape))) <= density
     assert torch.equal(connected_components(mask.to(backend)).cpu().long(), reference_components(mask).long())
