@@ -39,7 +39,7 @@ test-wheel: $(VENV)/dev
 	$(BIN)/python -m build --quiet --wheel --outdir build/wheel build/wheel/source
 	rm -r build/wheel/source/triton_instance_loss build/wheel/source/kernels
 	$(PYTHON) -m venv build/wheel/venv
-	build/wheel/venv/bin/python -m pip install --quiet "$(TORCH)"
+	build/wheel/venv/bin/python -m pip install --quiet --no-compile "$(TORCH)"
 	build/wheel/venv/bin/python -m pip install --quiet "$$(echo build/wheel/*.whl)[test]" "$(TORCH)"
 	cd build/wheel/source && ../venv/bin/python -m pytest -n auto
 
@@ -53,8 +53,8 @@ lint: $(VENV)/dev
 # torch goes first: anything else that asks for it then finds the one that was chosen.
 $(VENV)/examples $(VENV)/test $(VENV)/dev: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet "$(TORCH)"
-	$(BIN)/python -m pip install --quiet --editable ".[$(@F)]" "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --no-compile "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --no-compile --editable ".[$(@F)]" "$(TORCH)"
 	touch $@
 
 # nnU-Net imports torchvision, through timm, and needs none of it. PyPI has only CUDA builds of torchvision, whose operators

@@ -58,6 +58,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         clone = Path(temporary) / "clone"
         subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
+        if "VENV" in os.environ:  # an environment that has most of what is needed, afterwards it is the clone's
+            (clone / ".venv").symlink_to(os.environ["VENV"])
         provide_example_files(clone)
         commands = [line for block in blocks("bash") for line in block.splitlines() if line and line[0] != "#"]
         for command in commands:
