@@ -4,6 +4,7 @@
 #   make test    install, then run the whole test suite
 #
 #   make test-nnunet    train with nnU-Net, in an environment of its own, .venv-nnunet
+#   make test-panoptica    compare the stored answers of panoptica with its own, in .venv-panoptica
 #   make test-wheel     build a wheel from the commit or tag TAG, and run the whole test suite on it, in build/wheel
 #   make docs           the API page, build/docs/api.html
 #
@@ -15,9 +16,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 NNUNET_VENV ?= .venv-nnunet
 NNUNET_BIN := $(NNUNET_VENV)/bin
+PANOPTICA_VENV ?= .venv-panoptica
 TAG ?= HEAD
 
-.PHONY: demo test test-nnunet nnunet-2d nnunet-3d test-wheel docs lint clean
+.PHONY: demo test test-nnunet nnunet-2d nnunet-3d test-panoptica test-wheel docs lint clean
 
 demo: $(VENV)/examples
 	$(BIN)/python examples/quickstart.py
@@ -30,6 +32,11 @@ test-nnunet: $(NNUNET_VENV)/nnunet
 
 nnunet-2d nnunet-3d:
 	$(NNUNET_BIN)/python -m pytest --noconftest tests/nnunet_training.py -k $(@:nnunet-%=%)
+
+test-panoptica:
+	test -x $(PANOPTICA_VENV)/bin/python || $(PYTHON) -m venv $(PANOPTICA_VENV)
+	$(PANOPTICA_VENV)/bin/python -m pip install --quiet --no-compile panoptica==2.1.7
+	$(PANOPTICA_VENV)/bin/python tests/panoptica_answers.py
 
 # The sources of the package are gone before the tests run, so they can only import what was installed.
 test-wheel: $(VENV)/dev
@@ -68,4 +75,4 @@ $(NNUNET_VENV)/nnunet: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(NNUNET_VENV) build dist *.egg-info
+	rm -rf $(VENV) $(NNUNET_VENV) $(PANOPTICA_VENV) build dist *.egg-info

@@ -1,9 +1,11 @@
 """What panoptica answered on 100 random volumes (tests/data/panoptica.npz), and how it was asked.
 
-`pip install panoptica==2.1.7` and `python tests/panoptica_answers.py` make the file anew. panoptica is no requirement
-of the tests, since it brings plotly, pandas and scikit-image along and wants NumPy below 2.3.
+`make test-panoptica` asks panoptica itself whether these still are its answers, in an environment of its own, since it
+brings plotly, pandas and scikit-image along and wants NumPy below 2.3. `test_metrics.py` compares ours with them.
+`python tests/panoptica_answers.py --store` makes the file anew.
 """
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +74,21 @@ def ask(outputs: NDArray[np.bool_], labels: NDArray[np.bool_]) -> NDArray[np.flo
     return np.array(answers)
 
 
-if __name__ == "__main__":
+def store() -> None:
+    """Draw the volumes, ask, and make the file."""
     drawn = draw(seed=0)
     packed = {name: np.packbits(volume) for name, volume in zip(("outputs", "labels"), drawn, strict=True)}
     np.savez_compressed(FILE, **packed, answers=ask(*drawn))
+
+
+def check() -> None:
+    """Ask about the stored volumes; it is an error if an answer is another one."""
+    outputs, labels, answers = read()
+    np.testing.assert_allclose(ask(outputs, labels), answers, rtol=1e-12)
+    print(f"panoptica gives the stored answers on {len(answers)} volumes.")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] not in ([], ["--store"]):
+        sys.exit(f"panoptica_answers.py takes --store or nothing, got {sys.argv[1:]}")
+    store() if sys.argv[1:] else check()
