@@ -24,6 +24,9 @@ TAG ?= HEAD
 demo: $(VENV)/examples
 	$(BIN)/python examples/quickstart.py
 
+# One process a core, so one thread a process: more of them only wait for each other.
+test test-nnunet test-wheel: export OMP_NUM_THREADS = 1
+
 test: $(VENV)/test
 	$(BIN)/python -m pytest -n auto --dist worksteal
 

@@ -1,6 +1,6 @@
 """Plan, preprocess and train with nnU-Net itself on a drawn dataset, as a user would from the command line.
 
-`make test-nnunet` runs it, in an environment with nnU-Net; the name keeps it out of the other tests. Each test runs
+`make test-nnunet` runs it, in an environment with nnU-Net; the name keeps it out of the other tests. Training runs
 twice: in 2D with labels, and in 3D with regions and an ignore label.
 """
 
@@ -183,12 +183,16 @@ def short_epoch(configuration, name, **attributes):
 
 
 def test_without_deep_supervision(nnunet):
+    if nnunet[1] == "2d":
+        pytest.skip("nothing in it depends on the dimensions; it is tried in 3D")
     trainer = short_epoch(nnunet[1], nnunet[2], enable_deep_supervision=False, instance_ramp_epochs=0)
     assert trainer.loss.level_weights is None
 
 
 def test_network_may_be_compiled(nnunet, monkeypatch):
     """As on a GPU; nnU-Net never compiles on a CPU. Its loss, compiled too, runs with ours; code is not generated."""
+    if nnunet[1] != "2d":
+        pytest.skip("nothing in it depends on the dimensions; it is tried in 2D")
     from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
     monkeypatch.setattr(nnUNetTrainer, "_do_i_compile", lambda self: True)
