@@ -19,6 +19,9 @@ NNUNET_BIN := $(NNUNET_VENV)/bin
 PANOPTICA_VENV ?= .venv-panoptica
 TAG ?= HEAD
 
+# Packages are compiled when they are first imported (pip's --no-compile), which must then be kept.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test test-nnunet nnunet-2d nnunet-3d test-panoptica test-wheel docs lint clean
 
 demo: $(VENV)/examples
