@@ -68,9 +68,9 @@ SLOPES_COLUMNS = 5
 # whole sample by intersection and prediction.
 PIXEL_BY_INTERSECTION, PIXEL_BY_PREDICTION, BY_LABEL, BY_OUTPUT, BY_DISTANCE = range(5)
 WHOLE_BY_INTERSECTION, WHOLE_BY_PREDICTION, SAMPLE_SLOPES_COLUMNS = 5, 6, 7
-# Lines of the sites of the CPU backend (int64), one column a voxel of the foreground of either side, in linear order:
-# its index in the batch (-1 from the first column that is not used), rows of its instances, bits of cpu/instances.py.
-SITE_LINES = 4
+# The sites of the CPU backend (int64), one column each: the voxels of either foreground, in linear order, with their
+# groups; and the groups, with what cpu/instances.py says. Columns at the end that are not used hold -1.
+SITE_LINES, GROUP_LINES = 2, 5
 
 _library = torch.library.Library("triton_instance_loss", "DEF")
 
@@ -206,7 +206,7 @@ def _fake_find(
 ) -> tuple[list[Tensor], Tensor, Tensor, Tensor, Tensor]:
     batch, *shape = x.shape
     if backend(x) == "cpu":
-        sites = [x.new_empty((SITE_LINES, x.numel()), dtype=torch.int64)]
+        sites = [x.new_empty((lines, x.numel()), dtype=torch.int64) for lines in (SITE_LINES, GROUP_LINES)]
     else:
         sites = [x.new_empty((2 * batch, *shape), dtype=dtype) for dtype in (torch.bool, torch.int32)]
     return (

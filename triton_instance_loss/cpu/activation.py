@@ -20,39 +20,67 @@ SIGMOID_ERROR = 1e-5
 # Voxels of which a pass computes formulas at once: so many that all threads have work, so few that what stands in
 # between needs no new memory from the system, whose pages take longer to touch than the formulas.
 CHUNK = 2**20
+OUT, LAB, LABELLED = 1, 2, 4  # bits of a voxel: a is, y is, labels are not 0
 Indices = NDArray[np.int64]
+Mask = NDArray[np.bool_]
 
 
 class Foreground(NamedTuple):
-    """Voxels of a batch, by their index in it, ascending."""
+    """The voxels of either side's foreground, by their index in the batch, ascending; and what is there."""
 
-    out: Indices  # where instances of the outputs are looked for
-    labelled: Indices  # where labels are not 0
-    truth: NDArray[Any]  # the labels there
-    lab: Indices  # where y is
+    voxels: Indices
+    bits: NDArray[np.uint8]  # OUT, LAB and LABELLED
+
+    def where(self, bit: int) -> Indices:
+        """Where a bit is set, as positions in the list."""
+        return np.flatnonzero((self.bits & bit) != 0)
 
 
 def find_foreground(x: Tensor, labels: Tensor, activation: int, threshold: float) -> Foreground:
     """The foreground of both sides."""
-    values = labels.numpy().reshape(-1)
-    labelled = np.flatnonzero(values if values.dtype == np.bool_ else values != 0)
-    truth = values[labelled]
-    ones = truth == 1
-    lab = labelled if ones.all() else labelled[ones]
-    return Foreground(_find_outputs(x.numpy().reshape(-1), activation, threshold), labelled, truth, lab)
+    values, truth = x.numpy().reshape(-1), labels.numpy().reshape(-1)
+    # A cast is several times faster than any comparison of PyTorch's, and than NumPy's in one thread.
+    seen = labels.bool().numpy().reshape(-1).view(np.uint8) * np.uint8(LABELLED)
+    seen |= _perhaps(values, activation, threshold).view(np.uint8)  # True is OUT
+    voxels = nonzero(seen)
+    bits = seen[voxels]
+    bits |= (truth[voxels] == 1).view(np.uint8) * np.uint8(LAB)
+    foreground = Foreground(voxels, bits)
+    return _sure(foreground, values, threshold) if activation == SIGMOID and threshold > 0 else foreground
 
 
-def _find_outputs(values: NDArray[Any], activation: int, threshold: float) -> Indices:
-    """Where instances of the outputs are looked for."""
+def _perhaps(values: NDArray[Any], activation: int, threshold: float) -> Mask:
+    """Where instances of the outputs are looked for; of a sigmoid, where that can be."""
     threshold = float(values.dtype.type(threshold))
     if activation != SIGMOID:
-        return np.flatnonzero(values == 1 if activation == NONE and threshold <= 0 else values >= threshold)
-    if threshold <= 0:
-        return np.flatnonzero(~np.isnan(values))
-    low = threshold * (1.0 - SIGMOID_ERROR)
-    perhaps = np.flatnonzero(values >= values.dtype.type(math.log(low / (1.0 - low))))
-    sure: NDArray[np.bool_] = torch.sigmoid(torch.from_numpy(values[perhaps])).numpy() >= threshold
-    return perhaps[sure]
+        found: Mask = values == 1 if activation == NONE and threshold <= 0 else values >= threshold
+    elif threshold <= 0:
+        found = ~np.isnan(values)
+    else:
+        low = threshold * (1.0 - SIGMOID_ERROR)
+        found = values >= values.dtype.type(math.log(low / (1.0 - low)))
+    return found
+
+
+def _sure(foreground: Foreground, values: NDArray[Any], threshold: float) -> Foreground:
+    """The foreground less the voxels whose sigmoid is below the threshold after all."""
+    voxels, bits = foreground
+    outputs = foreground.where(OUT)
+    below = torch.sigmoid(torch.from_numpy(values[voxels[outputs]])).numpy() < values.dtype.type(threshold)
+    if not below.any():
+        return foreground
+    bits[outputs[below]] ^= OUT
+    return Foreground(voxels[bits != 0], bits[bits != 0])
+
+
+def nonzero(flat: NDArray[np.uint8]) -> Indices:
+    """`np.flatnonzero` of bytes that are mostly 0: eight at once are looked at first."""
+    whole = len(flat) // 8 * 8
+    words = flat[:whole].view(np.uint64)
+    some = np.flatnonzero(words != 0)
+    inside = np.flatnonzero(words[some].view(np.uint8) != 0)
+    found = some[inside >> 3] * 8 + (inside & 7)
+    return np.append(found, whole + np.flatnonzero(flat[whole:]))
 
 
 def slope(x: Tensor, activation: int) -> Tensor:
@@ -67,67 +95,75 @@ class _Pixel(NamedTuple):
     """The pixel term: what it sees and sums, of which volumes."""
 
     x: Tensor
+    labels: Tensor
     foreground: Foreground
     pixel: int
     quantity: int
     soft: bool  # whether u is a sigmoid
 
-    def labelled(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    @classmethod
+    def of(
+        cls, x: Tensor, labels: Tensor, foreground: Foreground, activation: int, pixel: int, quantity: int
+    ) -> "_Pixel":
+        """From the arguments of the operators."""
+        soft = pixel == PROBABILITY and activation == SIGMOID
+        return cls(x, labels, foreground, pixel, quantity, soft)
+
+    def labelled(self) -> tuple[Indices, Indices, Tensor, Tensor]:
         """Where the truth is not 0: voxels, samples, u (float64) and truth (float64)."""
-        at = self.foreground.lab if self.pixel == PROBABILITY else self.foreground.labelled
-        voxels = torch.from_numpy(at)
-        truth = torch.ones(len(at)) if self.pixel == PROBABILITY else torch.from_numpy(self.foreground.truth)
+        at = self.foreground.where(LAB if self.pixel == PROBABILITY else LABELLED)
+        voxels = self.foreground.voxels[at]
         if self.pixel == HARD:
-            u = torch.from_numpy(np.isin(at, self.foreground.out, assume_unique=True))
+            u = torch.from_numpy(self.foreground.bits[at] & OUT)
         else:
-            u = torch.from_numpy(self.x.numpy().reshape(-1)[at])
-        samples = torch.div(voxels, self.x[0].numel(), rounding_mode="floor")
-        return voxels, samples, (torch.sigmoid(u) if self.soft else u).double(), truth.double()
+            u = torch.from_numpy(self.x.numpy().reshape(-1)[voxels])
+        truth = np.ones(len(at)) if self.pixel == PROBABILITY else self.labels.numpy().reshape(-1)[voxels]
+        samples = voxels // self.x[0].numel()
+        return voxels, samples, (torch.sigmoid(u) if self.soft else u).double(), torch.from_numpy(truth).double()
 
 
-def _read(x: Tensor, foreground: Foreground, activation: int, pixel: int, quantity: int) -> _Pixel:
-    return _Pixel(x, foreground, pixel, quantity, pixel == PROBABILITY and activation == SIGMOID)
-
-
-def pixel_sums(x: Tensor, foreground: Foreground, activation: int, pixel: int, quantity: int) -> tuple[Tensor, Tensor]:
+def pixel_sums(
+    x: Tensor, labels: Tensor, foreground: Foreground, activation: int, pixel: int, quantity: int
+) -> tuple[Tensor, Tensor]:
     """Sums of the pixel term, (B, 3) float64, and the health of `x`."""
-    rows = x.sum(-1)  # not finite if anything in it is not; or, rarely, too large
-    healthy = bool(rows.isfinite().all()) or bool(x.isfinite().all())
+    volumes = x.flatten(1)
+    of_all = volumes.sum(1)  # not finite if anything in it is not; or, rarely, too large
+    healthy = bool(of_all.isfinite().all()) or bool(x.isfinite().all())
     health = torch.tensor(1.0 if healthy else math.nan, dtype=torch.float64)
-    sums = torch.zeros((x.shape[0], SAMPLE_COLUMNS), dtype=torch.float64)
+    sums = np.zeros((len(x), SAMPLE_COLUMNS))
     if pixel == NOT_FUSED:
-        return sums, health
-    term = _read(x, foreground, activation, pixel, quantity)
+        return torch.from_numpy(sums), health
+    term = _Pixel.of(x, labels, foreground, activation, pixel, quantity)
     if pixel == HARD:
         one = torch.ones((), dtype=torch.float64)
-        counts = np.bincount(foreground.out // x[0].numel(), minlength=len(x))
-        sums[:, 1] = torch.from_numpy(counts) * phi(quantity, one, 0.0)
+        counts = np.bincount(foreground.voxels[foreground.where(OUT)] // volumes.shape[1], minlength=len(x))
+        sums[:, 1] = counts * float(phi(quantity, one, 0.0))
     elif quantity == MASS and not term.soft:
-        sums[:, 1] = rows.double().sum((1, 2))
+        sums[:, 1] = of_all
     else:
         u = torch.empty(CHUNK, dtype=x.dtype)
-        for sample, volume in enumerate(x.flatten(1)):
+        for sample, volume in enumerate(volumes):
             for part in volume.split(CHUNK):
                 seen = torch.sigmoid(part, out=u[: len(part)]) if term.soft else part
-                sums[sample, 1] += phi(quantity, seen, 0.0).sum().double()
+                sums[sample, 1] += float(phi(quantity, seen, 0.0).sum())
     _, samples, u, truth = term.labelled()
-    sums[:, 0].index_add_(0, samples, u * truth)
+    sums[:, 0] = np.bincount(samples, weights=u * truth, minlength=len(x))
     if quantity not in (MASS, SQUARE):
-        sums[:, 1].index_add_(0, samples, phi(quantity, u, truth) - phi(quantity, u, 0.0))
-    sums[:, 2].index_add_(0, samples, truth * truth if quantity == SQUARE else truth)
-    return sums, health
+        more = phi(quantity, u, truth) - phi(quantity, u, 0.0)
+        sums[:, 1] += np.bincount(samples, weights=more, minlength=len(x))
+    sums[:, 2] = np.bincount(samples, weights=truth * truth if quantity == SQUARE else truth, minlength=len(x))
+    return torch.from_numpy(sums), health
 
 
 def pixel_gradient(
-    grads: Tensor, x: Tensor, foreground: Foreground, activation: int, pixel: int, quantity: int
+    grads: Tensor, x: Tensor, labels: Tensor, foreground: Foreground, activation: int, pixel: int, quantity: int
 ) -> Tensor:
     """Gradient of `x` from those of the first two sums of the pixel term, (B, 2)."""
     # From NumPy, which asks the system for large pages: without them, touching new memory takes longer than all else.
     grad = torch.from_numpy(np.empty(x.shape, dtype=x.numpy().dtype))
     if pixel == NOT_FUSED or not bool(grads.any()):
         return grad.zero_()
-    term = _read(x, foreground, activation, pixel, quantity)
-    flat = grad.view(-1)
+    term = _Pixel.of(x, labels, foreground, activation, pixel, quantity)
     nothing, one = torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64)
     for volume, into, by_cost in zip(x.flatten(1), grad.flatten(1), grads[:, 1].tolist(), strict=True):
         if pixel == HARD or (quantity == MASS and not term.soft):
@@ -137,14 +173,15 @@ def pixel_gradient(
             u = torch.sigmoid(part, out=by_part) if term.soft else part
             by_u = by_cost * phi_derivative(quantity, u, 0.0)
             torch.mul(by_u, u * (1.0 - u) if term.soft else one.to(x.dtype), out=by_part)
+    flat, (by_intersection, by_costs) = grad.numpy().reshape(-1), grads.numpy().T
     if pixel == HARD:
-        more = phi_derivative(quantity, one, 0.0) - phi_derivative(quantity, nothing, 0.0)
-        outputs = torch.from_numpy(foreground.out)
-        flat[outputs] += (grads[:, 1] * more)[outputs // x[0].numel()].to(x.dtype)
+        more = float(phi_derivative(quantity, one, 0.0) - phi_derivative(quantity, nothing, 0.0))
+        outputs = foreground.voxels[foreground.where(OUT)]
+        flat[outputs] += (by_costs * more)[outputs // x[0].numel()]
     voxels, samples, u, truth = term.labelled()
-    by_intersection, by_cost_at = grads[samples].unbind(1)
-    by_u = by_intersection * truth
+    by_u = torch.from_numpy(by_intersection[samples]) * truth
     if quantity not in (MASS, SQUARE):
-        by_u += by_cost_at * (phi_derivative(quantity, u, truth) - phi_derivative(quantity, u, 0.0))
-    flat[voxels] += (by_u * (u * (1.0 - u)) if term.soft else by_u).to(x.dtype)
+        more_at = phi_derivative(quantity, u, truth) - phi_derivative(quantity, u, 0.0)
+        by_u += torch.from_numpy(by_costs[samples]) * more_at
+    flat[voxels] += (by_u * (u * (1.0 - u)) if term.soft else by_u).numpy()
     return grad

@@ -126,25 +126,33 @@ def _join(runs: _Runs, shape: tuple[int, ...]) -> Indices:
     from scipy.sparse.csgraph import connected_components
 
     _, depth, height, width = shape
-    line, x = np.divmod(runs.first, width)
-    # Two free places between lines, so that a run widened by one voxel never reaches into another line.
-    first = line * (width + 2) + x
-    last = first + (runs.last - runs.first)
+    line, w = np.divmod(runs.first, width)
     plane, h = np.divmod(line, height)
-    d = plane % depth
+    sample, d = np.divmod(plane, depth)
+    # With free places behind each line, plane and volume, a run that is moved or widened never reaches around an end.
+    first = ((sample * (depth + 1) + d) * (height + 1) + h) * (width + 2) + w
+    last = first + (runs.last - runs.first)
+    firsts, lasts = np.append(first, np.iinfo(np.int64).max), np.append(last, -1)  # beyond both ends: touches nothing
 
     heads, tails = [], []
     for dd, dh in ((0, 1), (1, -1), (1, 0), (1, 1)):
-        inside = np.flatnonzero((d + dd < depth) & (h + dh >= 0) & (h + dh < height))
-        shift = (dd * height + dh) * (width + 2)
-        low = np.searchsorted(last, first[inside] + shift - 1, side="left")
-        high = np.searchsorted(first, last[inside] + shift + 1, side="right")
-        met = np.maximum(high - low, 0)
-        heads.append(np.repeat(inside, met))
-        within = np.arange(met.sum()) - np.repeat(np.cumsum(met) - met, met)
-        tails.append(np.repeat(low, met) + within)
+        shift = (dd * (height + 1) + dh) * (width + 2)
+        reach_from, reach_to = first + (shift - 1), last + (shift + 1)
+        # In the line beside it, a run touches the last one that begins before its reach, if that goes on into it, ...
+        after = np.searchsorted(first, reach_from)
+        head = np.flatnonzero(lasts[after - 1] >= reach_from)
+        heads.append(head)
+        tails.append(after[head] - 1)
+        # ... and all that begin within.
+        head = np.flatnonzero(firsts[after] <= reach_to)
+        tail = after[head]
+        while len(head):
+            heads.append(head)
+            tails.append(tail)
+            more = firsts[tail + 1] <= reach_to[head]
+            head, tail = head[more], tail[more] + 1
     head, tail = np.concatenate(heads), np.concatenate(tails)
-    graph = coo_matrix((np.ones(len(head), dtype=bool), (head, tail)), shape=(len(first), len(first)))
+    graph = coo_matrix((np.ones(len(head)), (head, tail)), shape=(len(first), len(first)))
     names: Indices = connected_components(graph, directed=False)[1].astype(np.int64)
     return names
 
