@@ -1,6 +1,7 @@
 """Centre boxes on the CPU: `center_volumes` and `center_overlaps` of ops.py."""
 
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -8,39 +9,40 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..ops import COORDINATE_SUMS, KEPT, SIZE
+from .activation import Indices
 
-Box = tuple[slice, slice, slice]
-
-
-def _boxes(geometry: Tensor, count: int, shape: list[int], offsets: list[int]) -> list[Box]:
-    """The centre boxes of the first `count` instances of one side of a sample."""
-    used = geometry[:count].numpy()
-    centers = -(-used[:, COORDINATE_SUMS] // used[:, SIZE, None])  # rounded up
-    lows = np.maximum(centers - np.array(offsets) - 1, 0).tolist()
-    highs = np.minimum(centers + np.array(offsets), np.array(shape)).tolist()
-    return [
-        (slice(d, to_d), slice(h, to_h), slice(w, to_w))
-        for (d, h, w), (to_d, to_h, to_w) in zip(lows, highs, strict=True)
-    ]
+VOXELS_AT_ONCE = 2**20  # voxels of boxes that are looked at in one go: bounds the memory
 
 
-def _paint(boxes: list[Box], shape: list[int]) -> NDArray[Any]:
-    """Row (from 1) of the last box that covers a voxel, 0 = none."""
-    owner = np.zeros(shape, dtype=np.min_scalar_type(len(boxes)))  # bytes where they do: memory is what takes time
-    for row, box in enumerate(boxes, start=1):
-        owner[box] = row
-    return owner
+class _Boxes(NamedTuple):
+    """The centre boxes of one side of a sample, (boxes, 3) each; the upper end is outside."""
+
+    lows: Indices
+    highs: Indices
+
+    def paint(self, shape: Any) -> NDArray[Any]:
+        """Row (from 1) of the last box that covers a voxel, 0 = none."""
+        # Bytes where they do: memory is what takes time.
+        owner = np.zeros(shape, dtype=np.min_scalar_type(len(self.lows)))
+        corners = zip(self.lows.tolist(), self.highs.tolist(), strict=True)
+        for row, ((d, h, w), (to_d, to_h, to_w)) in enumerate(corners, start=1):
+            owner[d:to_d, h:to_h, w:to_w] = row
+        return owner
 
 
-def _sides(geometry: Tensor, counts: Tensor, shape: list[int], offsets: list[int]) -> list[list[Box]]:
+def _sides(geometry: Tensor, counts: Tensor, shape: list[int], offsets: list[int]) -> list[_Boxes]:
     """The boxes of each side of each sample, outputs first."""
-    used = counts[KEPT:].flatten().tolist()
-    return [_boxes(*side, shape, offsets) for side in zip(geometry, used, strict=True)]
+    sides = []
+    for table, used in zip(geometry.numpy(), counts[KEPT:].flatten().tolist(), strict=True):
+        centers = -(-table[:used, COORDINATE_SUMS] // table[:used, SIZE, None])  # rounded up
+        lows, highs = np.maximum(centers - offsets - 1, 0), np.minimum(centers + offsets, shape)
+        sides.append(_Boxes(lows, highs))
+    return sides
 
 
 def center_volumes(geometry: Tensor, counts: Tensor, shape: list[int], offsets: list[int]) -> tuple[Tensor, Tensor]:
     """Operator `center_volumes` (ops.py)."""
-    painted = [_paint(boxes, shape) for boxes in _sides(geometry, counts, shape, offsets)]
+    painted = [boxes.paint(shape) for boxes in _sides(geometry, counts, shape, offsets)]
     batch = counts.shape[1]
     owners = [torch.from_numpy(owner.astype(np.int32)) for owner in painted[:batch]]
     return torch.stack(owners), torch.stack([torch.from_numpy(owner > 0) for owner in painted[batch:]])
@@ -49,12 +51,17 @@ def center_volumes(geometry: Tensor, counts: Tensor, shape: list[int], offsets: 
 def center_overlaps(geometry: Tensor, counts: Tensor, shape: list[int], offsets: list[int]) -> Tensor:
     """Operator `center_overlaps` (ops.py)."""
     sides = _sides(geometry, counts, shape, offsets)
-    painted = [_paint(boxes, shape) for boxes in sides]
+    # Each box is seen through a window as large as a whole box, for which there is room wherever a box begins.
+    window = np.minimum(2 * np.array(offsets) + 1, shape)
+    at_once = max(1, VOXELS_AT_ONCE // math.prod(window.tolist()))
+    views = [np.lib.stride_tricks.sliding_window_view(boxes.paint(shape + window), window) for boxes in sides]
     owned = np.zeros((*geometry.shape[:2], 2), dtype=np.int64)
-    for side, boxes in enumerate(sides):
-        owner, other = painted[side], painted[(side + len(sides) // 2) % len(sides)]
-        for row, box in enumerate(boxes):
-            mine = owner[box] == row + 1
-            inside = np.count_nonzero(other[box][mine])
-            owned[side, row] = np.count_nonzero(mine) - inside, inside
+    for side, (boxes, owner) in enumerate(zip(sides, views, strict=True)):
+        other = views[(side + len(sides) // 2) % len(sides)]
+        for start in range(0, len(boxes.lows), at_once):
+            corners = tuple(boxes.lows[start : start + at_once].T)
+            rows = np.arange(start, start + len(corners[0]))
+            mine = owner[corners] == rows[:, None, None, None] + 1
+            inside = (mine & (other[corners] > 0)).sum((1, 2, 3))
+            owned[side, rows] = np.stack((mine.sum((1, 2, 3)) - inside, inside), axis=1)
     return torch.from_numpy(owned)
