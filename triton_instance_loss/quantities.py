@@ -34,9 +34,12 @@ def phi(code: int, u: Tensor, w: Tensor | float) -> Tensor:
 
 
 def phi_derivative(code: int, u: Tensor, w: Tensor | float) -> Tensor:
-    """Derivative of `phi` in `u`; of the cross entropy as torch.nn.BCELoss has it (denominator >= 1e-12)."""
+    """Derivative of `phi` in `u`; of the cross entropy as torch.nn.BCELoss has it (denominator >= 1e-12).
+
+    A 0-d tensor where it is the same everywhere.
+    """
     if code == MASS:
-        return torch.ones_like(u)
+        return u.new_ones(())
     if code == SQUARE:
         return 2.0 * u
     if code == ABSOLUTE_ERROR:

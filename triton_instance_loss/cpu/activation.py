@@ -109,17 +109,22 @@ class _Pixel(NamedTuple):
         soft = pixel == PROBABILITY and activation == SIGMOID
         return cls(x, labels, foreground, pixel, quantity, soft)
 
-    def labelled(self) -> tuple[Indices, Indices, Tensor, Tensor]:
-        """Where the truth is not 0: voxels, samples, u (float64) and truth (float64)."""
-        at = self.foreground.where(LAB if self.pixel == PROBABILITY else LABELLED)
-        voxels = self.foreground.voxels[at]
+    def labelled(self) -> Indices:
+        """Where the truth is not 0, as positions in the foreground."""
+        return self.foreground.where(LAB if self.pixel == PROBABILITY else LABELLED)
+
+    def truth(self, at: Indices) -> Tensor:
+        """The truth there, float64."""
+        if self.pixel == PROBABILITY or (self.foreground.bits[at] & LAB).all():
+            return torch.ones(len(at), dtype=torch.float64)
+        return torch.from_numpy(self.labels.numpy().reshape(-1)[self.foreground.voxels[at]]).double()
+
+    def u(self, at: Indices) -> Tensor:
+        """The prediction there, float64."""
         if self.pixel == HARD:
-            u = torch.from_numpy(self.foreground.bits[at] & OUT)
-        else:
-            u = torch.from_numpy(self.x.numpy().reshape(-1)[voxels])
-        truth = np.ones(len(at)) if self.pixel == PROBABILITY else self.labels.numpy().reshape(-1)[voxels]
-        samples = voxels // self.x[0].numel()
-        return voxels, samples, (torch.sigmoid(u) if self.soft else u).double(), torch.from_numpy(truth).double()
+            return torch.from_numpy(self.foreground.bits[at] & OUT).double()
+        x = torch.from_numpy(self.x.numpy().reshape(-1)[self.foreground.voxels[at]])
+        return (torch.sigmoid(x) if self.soft else x).double()
 
 
 def pixel_sums(
@@ -146,7 +151,8 @@ def pixel_sums(
             for part in volume.split(CHUNK):
                 seen = torch.sigmoid(part, out=u[: len(part)]) if term.soft else part
                 sums[sample, 1] += float(phi(quantity, seen, 0.0).sum())
-    _, samples, u, truth = term.labelled()
+    at = term.labelled()
+    samples, u, truth = foreground.voxels[at] // volumes.shape[1], term.u(at), term.truth(at)
     sums[:, 0] = np.bincount(samples, weights=u * truth, minlength=len(x))
     if quantity not in (MASS, SQUARE):
         more = phi(quantity, u, truth) - phi(quantity, u, 0.0)
@@ -170,18 +176,27 @@ def pixel_gradient(
             into.fill_(by_cost * float(phi_derivative(quantity, nothing, 0.0)))
             continue
         for part, by_part in zip(volume.split(CHUNK), into.split(CHUNK), strict=True):
-            u = torch.sigmoid(part, out=by_part) if term.soft else part
-            by_u = by_cost * phi_derivative(quantity, u, 0.0)
-            torch.mul(by_u, u * (1.0 - u) if term.soft else one.to(x.dtype), out=by_part)
+            if term.soft:
+                u = torch.sigmoid(part, out=by_part)
+                by_u = by_cost * phi_derivative(quantity, u, 0.0)
+                torch.ops.aten.sigmoid_backward.grad_input(by_u, u, grad_input=by_part)
+            else:
+                torch.mul(phi_derivative(quantity, part, 0.0), by_cost, out=by_part)
     flat, (by_intersection, by_costs) = grad.numpy().reshape(-1), grads.numpy().T
     if pixel == HARD:
         more = float(phi_derivative(quantity, one, 0.0) - phi_derivative(quantity, nothing, 0.0))
         outputs = foreground.voxels[foreground.where(OUT)]
         flat[outputs] += (by_costs * more)[outputs // x[0].numel()]
-    voxels, samples, u, truth = term.labelled()
+    at = term.labelled()
+    voxels = foreground.voxels[at]
+    samples, truth = voxels // x[0].numel(), term.truth(at)
     by_u = torch.from_numpy(by_intersection[samples]) * truth
-    if quantity not in (MASS, SQUARE):
-        more_at = phi_derivative(quantity, u, truth) - phi_derivative(quantity, u, 0.0)
-        by_u += torch.from_numpy(by_costs[samples]) * more_at
-    flat[voxels] += (by_u * (u * (1.0 - u)) if term.soft else by_u).numpy()
+    if term.soft or quantity not in (MASS, SQUARE):
+        u = term.u(at)
+        if quantity not in (MASS, SQUARE):
+            more_at = phi_derivative(quantity, u, truth) - phi_derivative(quantity, u, 0.0)
+            by_u += torch.from_numpy(by_costs[samples]) * more_at
+        if term.soft:
+            by_u *= u * (1.0 - u)
+    flat[voxels] += by_u.numpy()
     return grad
