@@ -48,9 +48,8 @@ class _Groups:
 
     def sum(self, values: Tensor) -> Numbers:
         """Values of places, summed over the voxels of each group."""
-        if self.hard:
-            return values.numpy() * self.sites.size
-        sums: Numbers = np.bincount(self.sites.group, weights=values.numpy(), minlength=len(self.sites.size))
+        numbers, size = values.numpy(), self.sites.size
+        sums: NDArray[Any] = numbers * size if self.hard else np.bincount(self.sites.group, numbers, len(size))
         return sums
 
     def spread(self, values: Numbers) -> Tensor:

@@ -33,50 +33,75 @@ def _evaluate(ratio: list[float], sums: Numbers, used: Any = True) -> _Criterion
     return _Criterion(value, (ratio[0] - value * ratio[4]) * scale, (ratio[1] - value * ratio[5]) * scale)
 
 
-class _Side(NamedTuple):
-    """The instances of one side."""
+class _Instances(NamedTuple):
+    """The instances of both sides: samples of outputs, then of labels."""
 
-    sums: Numbers  # (B, rows, 5)
-    sizes: Numbers  # (B, rows), at least 1
-    present: Mask  # (B, rows): all of them
-    used: Mask  # (B, rows): those with a criterion of their own
-    alone: Mask  # (B,): none, so that row 0 is the whole sample
-    slopes: Numbers  # (B, rows, 5), filled step by step
+    sums: Numbers  # (2 B, rows, 5)
+    sizes: Numbers  # (2 B, rows), at least 1
+    counts: NDArray[np.int32]  # (2 B,): all of them
+    used: Mask  # (2 B, rows): those with a criterion of their own
+    alone: Mask  # (2 B,): without any of these, so that row 0 is the whole sample
+    slopes: Numbers  # (2 B, rows, 5), filled step by step
 
     @classmethod
-    def of(cls, sums: Numbers, geometry: NDArray[Any], slopes: Numbers, count: Any, used: Any) -> "_Side":
-        """From tables of one side, and how many instances there are and are used in each sample."""
-        rows = np.arange(sums.shape[1])
-        sizes = np.maximum(geometry[..., ops.SIZE], 1).astype(np.float64)
-        return cls(sums, sizes, rows < count[:, None], rows < used[:, None], used == 0, slopes)
+    def of(cls, sums: Numbers, geometry: NDArray[Any], counts: NDArray[np.int32]) -> "_Instances":
+        """From tables, and how many instances there are."""
+        used = counts[ops.KEPT :].reshape(-1, 1)
+        return cls(
+            sums,
+            np.maximum(geometry[..., ops.SIZE], 1).astype(np.float64),
+            counts[[ops.OUTPUTS, ops.LABELS]].reshape(-1),
+            np.arange(sums.shape[1]) < used,
+            used[:, 0] == 0,
+            np.zeros((*sums.shape[:2], ops.SLOPES_COLUMNS)),
+        )
 
-    def evaluate(self, ratio: list[float], missing: float, label: Numbers, whole: Numbers) -> Numbers:
+    def evaluate(self, ratio: list[float], missing: float, whole: Numbers) -> Numbers:
         """The criterion of each instance, or of the whole sample in row 0; its slopes are noted."""
+        outputs = len(self.sums) // 2
+        label = np.concatenate((self.sums[:outputs, :, ops.LABEL], self.sizes[outputs:]))
         cost = self.sums[..., ops.COST] + missing * (label - self.sums[..., ops.OVERLAP])
         sums = np.stack((self.sums[..., ops.INTERSECTION], cost, label), axis=-1)
         result = _evaluate(ratio, sums, self.used)
         self.slopes[..., ops.BY_INTERSECTION] = result.by_intersection
         self.slopes[..., ops.BY_PREDICTION] = result.by_prediction
-        values = result.value.copy()
-        values[self.alone, 0] = whole[self.alone]
-        return values
+        result.value[self.alone, 0] = np.tile(whole, 2)[self.alone]
+        return result.value
 
     def weights(self, reduction: int, classes: int, totals: Numbers | None) -> Numbers:
-        """What one row of each sample adds to the mean over instances, (B,)."""
+        """What one row of each sample adds to the mean over instances, (2 B,)."""
         counts = np.maximum(self.used.sum(1), 1)
+        batch = len(counts) // 2
         if reduction == ops.BY_INSTANCE:
-            of_classes = counts.reshape(-1, classes).sum(0) if totals is None else totals
-            return np.tile(1.0 / (classes * of_classes), len(counts) // classes)
+            of_classes = counts.reshape(2, -1, classes).sum(1) if totals is None else totals
+            return np.tile(1.0 / (classes * of_classes), batch // classes).reshape(-1)
         each: Numbers = 1.0 / counts if reduction == ops.BY_MEAN else np.ones(len(counts))
-        return each / len(counts)
+        return each / batch
 
-    def mistakes(self, found: Mask, untouched: Mask, sign: float, smoother: float, rates: bool) -> float:
-        """False or missed instances; the slope of those that touch nothing is noted."""
-        counts = self.present.sum(1)
-        share = 1.0 / (len(counts) * (counts + smoother if rates else np.ones(len(counts))))
-        slopes = np.where(self.present & untouched, sign * share[:, None] / self.sizes, 0.0)
-        self.slopes[..., ops.BY_FALSE] = slopes
-        return float((share * (counts - found.sum(1))).sum())
+    def mistakes(self, smoother: float, rates: bool) -> Numbers:
+        """False and missed instances; the slopes of those that touch nothing are noted."""
+        batch = len(self.sums) // 2
+        share = 1.0 / (batch * (self.counts + smoother if rates else np.ones(2 * batch)))
+        touched = np.concatenate((self.sums[:batch, :, ops.OVERLAP], self.sums[batch:, :, ops.TOUCHED]))
+        untouched = (np.arange(self.sums.shape[1]) < self.counts[:, None]) & (touched == 0)
+        slopes = np.where(untouched, share[:, None] / self.sizes, 0.0)
+        self.slopes[:batch, :, ops.BY_FALSE], self.slopes[batch:, :, ops.BY_FALSE] = slopes[:batch], -slopes[batch:]
+        found = (self.used & (self.sums[..., ops.OVERLAP] > 0)).sum(1)
+        each: Numbers = (share * (self.counts - found)).reshape(2, batch).sum(1)
+        return each
+
+    def center(self, owned: Numbers, numbers: list[float]) -> float:
+        """The criterion on centre boxes; its slopes by the mass of each output are noted."""
+        of_outputs, of_labels = np.split(np.where(self.used[..., None], owned, 0.0), 2)
+        outside, inside = of_outputs[..., 0], of_outputs[..., 1]
+        ratio, slopes = numbers[ops.CENTER_RATIO : ops.CENTER_SLOPES], numbers[ops.CENTER_SLOPES : ops.SMOOTHER]
+        counted = np.stack((inside.sum(1), outside.sum(1), of_labels[..., 0].sum(1)), axis=-1)
+        below = counted @ ratio[4:7] + ratio[7]
+        value = (counted @ ratio[0:3] + ratio[3]) / below
+        by_inside, by_outside = ((slopes[i] - value * slopes[i + 2]) / (below * len(value)) for i in (0, 1))
+        by_height = by_inside[:, None] * inside + by_outside[:, None] * outside
+        self.slopes[: len(value), :, ops.BY_CENTER] = by_height / self.sizes[: len(value)]
+        return float(value.mean())
 
 
 def terms(
@@ -96,16 +121,8 @@ def terms(
     rates: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Operator `terms` (ops.py)."""
-    num_outputs, kept, num_labels = counts.numpy()
-    batch = len(num_outputs)
-    slopes = np.zeros((*sums.shape[:2], ops.SLOPES_COLUMNS))
-    out, lab = (
-        _Side.of(sums.numpy()[side], geometry.numpy()[side], slopes[side], *of_side)
-        for side, of_side in (
-            (slice(None, batch), (num_outputs, kept)),
-            (slice(batch, None), (num_labels, num_labels)),
-        )
-    )
+    instances = _Instances.of(sums.numpy(), geometry.numpy(), counts.numpy())
+    batch, slopes = counts.shape[1], instances.slopes
     ratio = numbers[ops.INSTANCE_RATIO : ops.MISSING]
     results = np.zeros(ops.PROXIMITY + 1)
     of_samples = np.zeros((batch, ops.SAMPLE_SLOPES_COLUMNS))
@@ -116,36 +133,28 @@ def terms(
         of_samples[:, ops.PIXEL_BY_PREDICTION] = pixel.by_prediction
 
         if values is not None:
-            output_values, label_values = np.split(values.numpy(), 2)
+            of_instances = values.numpy()
         else:
-            whole = _evaluate(ratio, sample_sums.numpy(), out.alone | lab.alone)
+            whole = _evaluate(ratio, sample_sums.numpy(), instances.alone.reshape(2, batch).any(0))
             of_samples[:, ops.WHOLE_BY_INTERSECTION] = whole.by_intersection
             of_samples[:, ops.WHOLE_BY_PREDICTION] = whole.by_prediction
-            label_values = lab.evaluate(ratio, numbers[ops.MISSING], lab.sizes, whole.value)
-            output_values = out.evaluate(ratio, numbers[ops.MISSING], out.sums[..., ops.LABEL], whole.value)
-        of_all = (None, None) if totals is None else totals.numpy()
-        for column, side, of_side, term, total in (
-            (ops.BY_OUTPUT, out, output_values, ops.INSTANCE_OUTPUT, of_all[0]),
-            (ops.BY_LABEL, lab, label_values, ops.INSTANCE_LABEL, of_all[1]),
-        ):
-            of_samples[:, column] = side.weights(reduction, classes, total)
-            results[term] = (of_samples[:, column] * of_side.sum(1)).sum()
+            of_instances = instances.evaluate(ratio, numbers[ops.MISSING], whole.value)
+        weights = instances.weights(reduction, classes, None if totals is None else totals.numpy())
+        of_samples[:, ops.BY_OUTPUT], of_samples[:, ops.BY_LABEL] = np.split(weights, 2)
+        means = (weights * of_instances.sum(1)).reshape(2, batch).sum(1)
+        results[ops.INSTANCE_OUTPUT], results[ops.INSTANCE_LABEL] = means
 
         if distances is not None:
             slopes[..., ops.DISTANCE] = distances.numpy()
-            difference = (lab.slopes[..., ops.DISTANCE] * label_values).sum(1)
-            difference -= (out.slopes[..., ops.DISTANCE] * output_values).sum(1)
-            too_many = np.where(out.alone, num_outputs, 0)
+            of_outputs, of_labels = (slopes[..., ops.DISTANCE] * of_instances).sum(1).reshape(2, batch)
+            difference = of_labels - of_outputs
+            too_many = np.where(instances.alone, instances.counts, 0)[:batch]
             results[ops.PROXIMITY] = (difference**2 + too_many).mean()
             of_samples[:, ops.BY_DISTANCE] = 2.0 * difference / batch
 
         if owned is not None:
-            results[ops.CENTER] = _center(out, lab, owned.numpy().astype(np.float64), numbers)
-        untouched = out.sums[..., ops.OVERLAP] == 0, lab.sums[..., ops.TOUCHED] == 0
-        correct, detected = out.used & ~untouched[0], lab.sums[..., ops.OVERLAP] > 0
-        smoother = numbers[ops.SMOOTHER]
-        results[ops.FALSE_INSTANCES] = out.mistakes(correct, untouched[0], 1.0, smoother, rates)
-        results[ops.MISSED_INSTANCES] = lab.mistakes(detected, untouched[1], -1.0, smoother, rates)
+            results[ops.CENTER] = instances.center(owned.numpy(), numbers)
+        results[[ops.FALSE_INSTANCES, ops.MISSED_INSTANCES]] = instances.mistakes(numbers[ops.SMOOTHER], rates)
 
         healthy = float(health)
         of_samples[:, : ops.BY_DISTANCE + 1] *= healthy
@@ -153,49 +162,26 @@ def terms(
     return torch.from_numpy(results * healthy), torch.from_numpy(slopes), torch.from_numpy(of_samples)
 
 
-def _center(out: _Side, lab: _Side, owned: Numbers, numbers: list[float]) -> float:
-    """The criterion on centre boxes; its slopes by the mass of each output are noted."""
-    of_outputs, of_labels = np.split(owned, 2)
-    outside, inside = (np.where(out.used, of_outputs[..., side], 0.0) for side in (0, 1))
-    alone = np.where(lab.used, of_labels[..., 0], 0.0).sum(1)
-    ratio, slopes = numbers[ops.CENTER_RATIO : ops.CENTER_SLOPES], numbers[ops.CENTER_SLOPES : ops.SMOOTHER]
-    in_both, in_outputs = inside.sum(1), outside.sum(1)
-    counted = np.stack((in_both, in_outputs, alone), axis=-1)
-    below = counted @ ratio[4:7] + ratio[7]
-    value = (counted @ ratio[0:3] + ratio[3]) / below
-    by_inside, by_outside = ((slopes[i] - value * slopes[i + 2]) / (below * len(value)) for i in (0, 1))
-    by_height = by_inside[:, None] * inside + by_outside[:, None] * outside
-    out.slopes[..., ops.BY_CENTER] = by_height / out.sizes
-    return float(value.mean())
-
-
 def terms_backward(
     grad_terms: Tensor, slopes: Tensor, sample_slopes: Tensor, counts: Tensor, masses: bool, values: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Operator `terms_backward` (ops.py)."""
-    grads, of_samples = grad_terms.numpy(), sample_slopes.numpy()
+    grads, of_samples, of_rows = grad_terms.numpy(), sample_slopes.numpy(), slopes.numpy()
+    batch = len(of_samples)
     table = np.zeros((*slopes.shape[:2], ops.GRADIENT_COLUMNS))
-    of_sample = np.zeros((len(of_samples), ops.SAMPLE_GRADIENT_COLUMNS))
-    by_distance = grads[ops.PROXIMITY] * of_samples[:, ops.BY_DISTANCE]
-    for of_rows, side, used, term, by_term, mistakes, sign in zip(
-        np.split(slopes.numpy(), 2),
-        np.split(table, 2),
-        counts.numpy()[ops.KEPT :],
-        (ops.INSTANCE_OUTPUT, ops.INSTANCE_LABEL),
-        (ops.BY_OUTPUT, ops.BY_LABEL),
-        (ops.FALSE_INSTANCES, ops.MISSED_INSTANCES),
-        (-1.0, 1.0),
-        strict=True,
-    ):
-        if masses:
-            side[..., ops.MASS] = grads[ops.CENTER] * of_rows[..., ops.BY_CENTER]
-            side[..., ops.MASS] += grads[mistakes] * of_rows[..., ops.BY_FALSE]
-        if values:
-            by_value = grads[term] * of_samples[:, by_term, None]
-            by_value = by_value + sign * by_distance[:, None] * of_rows[..., ops.DISTANCE]
-            side[..., ops.INTERSECTION] = by_value * of_rows[..., ops.BY_INTERSECTION]
-            side[..., ops.COST] = by_value * of_rows[..., ops.BY_PREDICTION]
-            alone = used == 0
-            of_sample[alone] += by_value[alone, :1] * of_samples[alone, ops.WHOLE_BY_INTERSECTION :]
+    of_sample = np.zeros((batch, ops.SAMPLE_GRADIENT_COLUMNS))
+    if masses:
+        mistakes = grads[[ops.FALSE_INSTANCES, ops.MISSED_INSTANCES]].repeat(batch)[:, None]
+        table[..., ops.MASS] = grads[ops.CENTER] * of_rows[..., ops.BY_CENTER] + mistakes * of_rows[..., ops.BY_FALSE]
+    if values:
+        by_distance = grads[ops.PROXIMITY] * of_samples[:, ops.BY_DISTANCE]
+        by_output = grads[ops.INSTANCE_OUTPUT] * of_samples[:, ops.BY_OUTPUT]
+        by_label = grads[ops.INSTANCE_LABEL] * of_samples[:, ops.BY_LABEL]
+        by_value = np.concatenate((-by_distance, by_distance))[:, None] * of_rows[..., ops.DISTANCE]
+        by_value += np.concatenate((by_output, by_label))[:, None]
+        table[..., ops.INTERSECTION] = by_value * of_rows[..., ops.BY_INTERSECTION]
+        table[..., ops.COST] = by_value * of_rows[..., ops.BY_PREDICTION]
+        of_whole = np.where(counts.numpy()[ops.KEPT :] == 0, by_value[:, 0].reshape(2, batch), 0.0).sum(0)
+        of_sample[:] = of_whole[:, None] * of_samples[:, ops.WHOLE_BY_INTERSECTION :]
     pixel = grads[ops.PIXEL] * of_samples[:, : ops.PIXEL_BY_PREDICTION + 1]
     return torch.from_numpy(table), torch.from_numpy(of_sample), torch.from_numpy(pixel)
