@@ -23,6 +23,7 @@ CHUNK = 2**20
 OUT, LAB, LABELLED = 1, 2, 4  # bits of a voxel: a is, y is, labels are not 0
 Indices = NDArray[np.int64]
 Mask = NDArray[np.bool_]
+Numbers = NDArray[np.float64]
 
 
 class Foreground(NamedTuple):
@@ -163,12 +164,15 @@ def pixel_sums(
 
 def pixel_gradient(
     grads: Tensor, x: Tensor, labels: Tensor, foreground: Foreground, activation: int, pixel: int, quantity: int
-) -> Tensor:
-    """Gradient of `x` from those of the first two sums of the pixel term, (B, 2)."""
+) -> tuple[Tensor, Numbers]:
+    """Gradient of `x` from those of the first two sums of the pixel term, (B, 2).
+
+    It comes in two parts: what all voxels have, and what the foreground has on top.
+    """
     # From NumPy, which asks the system for large pages: without them, touching new memory takes longer than all else.
-    grad = torch.from_numpy(np.empty(x.shape, dtype=x.numpy().dtype))
+    grad, on_top = torch.from_numpy(np.empty(x.shape, dtype=x.numpy().dtype)), np.zeros(len(foreground.voxels))
     if pixel == NOT_FUSED or not bool(grads.any()):
-        return grad.zero_()
+        return grad.zero_(), on_top
     term = _Pixel.of(x, labels, foreground, activation, pixel, quantity)
     nothing, one = torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64)
     for volume, into, by_cost in zip(x.flatten(1), grad.flatten(1), grads[:, 1].tolist(), strict=True):
@@ -182,21 +186,20 @@ def pixel_gradient(
                 torch.ops.aten.sigmoid_backward.grad_input(by_u, u, grad_input=by_part)
             else:
                 torch.mul(phi_derivative(quantity, part, 0.0), by_cost, out=by_part)
-    flat, (by_intersection, by_costs) = grad.numpy().reshape(-1), grads.numpy().T
+    by_intersection, by_costs = grads.numpy().T
     if pixel == HARD:
         more = float(phi_derivative(quantity, one, 0.0) - phi_derivative(quantity, nothing, 0.0))
-        outputs = foreground.voxels[foreground.where(OUT)]
-        flat[outputs] += (by_costs * more)[outputs // x[0].numel()]
+        outputs = foreground.where(OUT)
+        on_top[outputs] = by_costs[foreground.voxels[outputs] // x[0].numel()] * more
     at = term.labelled()
-    voxels = foreground.voxels[at]
-    samples, truth = voxels // x[0].numel(), term.truth(at)
-    by_u = torch.from_numpy(by_intersection[samples]) * truth
+    samples, truth = foreground.voxels[at] // x[0].numel(), term.truth(at)
+    by_x = torch.from_numpy(by_intersection[samples]) * truth
     if term.soft or quantity not in (MASS, SQUARE):
         u = term.u(at)
         if quantity not in (MASS, SQUARE):
             more_at = phi_derivative(quantity, u, truth) - phi_derivative(quantity, u, 0.0)
-            by_u += torch.from_numpy(by_costs[samples]) * more_at
+            by_x += torch.from_numpy(by_costs[samples]) * more_at
         if term.soft:
-            by_u *= u * (1.0 - u)
-    flat[voxels] += by_u.numpy()
-    return grad
+            by_x *= u * (1.0 - u)
+    on_top[at] += by_x.numpy()
+    return grad, on_top

@@ -23,10 +23,8 @@ from ..ops import (
     TOUCHED,
 )
 from ..quantities import phi, phi_derivative
-from .activation import LAB, OUT, Indices, pixel_gradient, slope
+from .activation import LAB, OUT, Indices, Numbers, pixel_gradient, slope
 from .instances import Sites, row_maps
-
-Numbers = NDArray[np.float64]
 
 
 class _Groups:
@@ -173,7 +171,7 @@ def sum_instances_backward(
 ) -> Tensor:
     """Operator `sum_instances_backward` (ops.py)."""
     read = Sites.read(sites)
-    grad = pixel_gradient(grad_pixel_sums, x, labels, read.foreground(), activation, pixel, pixel_quantity)
+    grad, on_top = pixel_gradient(grad_pixel_sums, x, labels, read.foreground(), activation, pixel, pixel_quantity)
     if bool(grad_sample_sums.any()):
         _, y, _, _ = maps = row_maps(x, sites)
         a = x if activation == NONE else maps[0].to(x.dtype)
@@ -210,6 +208,7 @@ def sum_instances_backward(
         slope_of_excess = phi_derivative(quantity, groups.a * groups.a, 0.0) * groups.a
         by_a += groups.spread(excess) * slope_of_excess.masked_fill(groups.y, 0.0)
     by_voxel = by_a.numpy()[read.group] if groups.hard else by_a.numpy()
-    flat, values = grad.numpy().reshape(-1), torch.from_numpy(x.numpy().reshape(-1)[read.voxels])
-    flat[read.voxels] += by_voxel * slope(values, activation).numpy()
+    values = torch.from_numpy(x.numpy().reshape(-1)[read.voxels])
+    on_top += by_voxel * slope(values, activation).numpy()
+    grad.numpy().reshape(-1)[read.voxels] += on_top
     return grad
