@@ -219,6 +219,16 @@ def test_compiles_whole(activation, compiler):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
+def test_compiles_whole_without_a_gradient(backend):
+    """As in a validation step: another way through the compiler."""
+    torch.compiler.reset()
+    outputs, labels = (volume.to(backend) for volume in batch(shape=(8, 7, 9)))
+    loss = InstanceLoss()
+    with torch.no_grad():
+        compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")(outputs, labels)
+        torch.testing.assert_close(compiled, loss(outputs, labels))
+
+
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_compiles_for_several_shapes(dynamic):
     torch.compiler.reset()

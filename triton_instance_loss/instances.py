@@ -14,7 +14,7 @@ from .options import Options
 class Found(NamedTuple):
     """The instances of a batch."""
 
-    sites: tuple[Tensor, ...]  # where they are, as the backend likes it
+    sites: tuple[Tensor, Tensor]  # where the foreground is, and which instance that is, as the backend likes it
     counts: Tensor  # (3, B) int32: outputs, kept outputs, labels; outputs 1..kept are used individually
     geometry: Tensor  # (2 B, rows, 10) int64, outputs before labels, columns as ops.py names them
 
@@ -45,7 +45,8 @@ def find(
     )
     # A voxel makes at most one pair, and whole components at most one a 2x2x2 block. The table is a hash set: it is
     # half empty, and a power of two.
-    return Found(tuple(sites), counts, geometry), 2 ** (2 * bound - 1).bit_length(), pixel_sums, health
+    where, which = sites
+    return Found((where, which), counts, geometry), 2 ** (2 * bound - 1).bit_length(), pixel_sums, health
 
 
 def instances_of_all(counts: Tensor, options: Options) -> Tensor | None:

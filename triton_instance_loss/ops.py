@@ -76,9 +76,10 @@ _library = torch.library.Library("triton_instance_loss", "DEF")
 
 _SCHEMAS = {
     # x float32 or float64, labels of any real dtype but half, precomputed ids (int64, 0 outside y) or none
-    # -> sites: where the instances are, as the same backend's operators below want it; sums (B, 3) float64 of u * w,
-    # phi(u, w) and truth w of the pixel term, zeros with pixel=-1; health, 0-d float64: 1, or NaN if any x is NaN or
-    # infinite; counts (3, B) int32 (outputs, kept outputs, labels) and geometry (2 B, capacity, 10) int64
+    # -> sites, two tensors: where the foreground is, and which instances it belongs to, as the same backend's operators
+    # below want it; sums (B, 3) float64 of u * w, phi(u, w) and truth w of the pixel term, zeros with pixel=-1; health,
+    # 0-d float64: 1, or NaN if any x is NaN or infinite; counts (3, B) int32 (outputs, kept outputs, labels) and
+    # geometry (2 B, capacity, 10) int64
     "find": "(Tensor x, Tensor labels, Tensor? ids, int activation, float threshold, int pixel, int pixel_quantity,"
     " int num_iterations, int min_size, int max_kept, float too_many, int capacity)"
     " -> (Tensor[], Tensor, Tensor, Tensor, Tensor)",

@@ -141,14 +141,15 @@ class FusedTerms(torch.autograd.Function):
         request: Request,
         counts: Tensor,
         geometry: Tensor,
-        *sites: Tensor,
+        where: Tensor,
+        which: Tensor,
     ) -> Tensor:
         """All terms, (7,) float64, 0 where not wanted."""
         options, names = request.options, request.names
         size, offsets = place_of_centers(x.shape, options)
         sums, sample_sums, pairs = ops.sum_instances(
             x,
-            sites,
+            [where, which],
             counts,
             geometry,
             activation_of(options)[0],
@@ -175,9 +176,8 @@ class FusedTerms(torch.autograd.Function):
             request.reduction,
             options.rate_instead_number,
         )
-        ctx.save_for_backward(x, labels, pairs, slopes, sample_slopes, counts, *sites)
-        ctx.request, ctx.num_sites = request, len(sites)
-        ctx.values_type = None if values is None else values.dtype
+        ctx.save_for_backward(x, labels, pairs, slopes, sample_slopes, counts, where, which)
+        ctx.request, ctx.values_type = request, None if values is None else values.dtype
         return terms  # type: ignore[no-any-return]
 
     @staticmethod
@@ -191,7 +191,7 @@ class FusedTerms(torch.autograd.Function):
                 None if each is None else _OnceDifferentiable.apply(each, x)  # type: ignore[no-untyped-call]
                 for each in grads
             )
-        return (*grads, *(None,) * (7 + ctx.num_sites))
+        return (*grads, *(None,) * 9)
 
     @staticmethod
     def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
