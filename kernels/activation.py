@@ -8,8 +8,9 @@ At a voxel, with x the volume, p = sigmoid(x) where that is the activation and x
 NaN compares as false, so it is background. The pixel term sees a prediction u and a truth w (codes of
 ../ops.py): u = x, w = label (RAW), u = p, w = y (PROBABILITY), or u = foreground, w = label (HARD). Its sums are
 u w, phi(u, w) and truth(w), which is w, or w^2 where predictions are squared. One kernel reads x and the labels once;
-each program writes its part of the sums, and 1 or NaN for whether all its x are finite. That is counted and not found
-from a sum, which could grow too large where every value is finite. PyTorch then adds the parts.
+each program writes its part of the sums, and 0 or NaN for whether all its x are finite. That is counted and not found
+from a sum, which could grow too large where every value is finite. What the parts add up to is found together with
+the counts (instances.py).
 
 Everything is computed in the precision of x, labels are rounded to it, and sums are added in float64. Backward: in
 tables.py, together with that of the instances. Deterministic: no atomics, parts are added in a fixed order. Bytes a
@@ -65,8 +66,7 @@ def _activate_kernel(
     labels_ptr,  # (B, V) of any real dtype
     foreground_ptr,  # (B, V) bool
     y_ptr,  # (B, V) bool
-    sums_ptr,  # (B, programs, 3) float64; without a fused pixel term it is not written
-    health_ptr,  # (B, programs) float64
+    parts_ptr,  # (B, programs, 4) float64: of the sums, zeros without a fused pixel term; 0 or NaN
     V,
     ACTIVATION: tl.constexpr,
     THRESHOLD: tl.constexpr,
@@ -88,35 +88,34 @@ def _activate_kernel(
     tl.store(foreground_ptr + index, foreground, mask=in_volume)
     tl.store(y_ptr + index, y, mask=in_volume)
 
-    part = sample * tl.num_programs(0) + tl.program_id(0)
+    parts_ptr += (sample * tl.num_programs(0) + tl.program_id(0)) * (COLUMNS + 1)
     broken = tl.sum((~(tl.abs(x) < float("inf"))).to(tl.int32), axis=0)
-    tl.store(health_ptr + part, tl.where(broken > 0, float("nan"), 1.0))
+    tl.store(parts_ptr + COLUMNS, tl.where(broken > 0, float("nan"), 0.0))
     if PIXEL != NOT_FUSED:
         u, w = seen_by_pixel(x, p, foreground, y, labels, PIXEL)
-        tl.store(sums_ptr + part * COLUMNS, sum_where(u * w, in_volume))
-        tl.store(sums_ptr + part * COLUMNS + 1, sum_where(phi(u, w, QUANTITY), in_volume))
-        tl.store(sums_ptr + part * COLUMNS + 2, sum_where(truth(w, QUANTITY), in_volume))
+        tl.store(parts_ptr, sum_where(u * w, in_volume))
+        tl.store(parts_ptr + 1, sum_where(phi(u, w, QUANTITY), in_volume))
+        tl.store(parts_ptr + 2, sum_where(truth(w, QUANTITY), in_volume))
+    else:
+        for column in tl.static_range(COLUMNS):
+            tl.store(parts_ptr + column, 0.0)
 
 
 def launch_activate(
     x: Tensor, labels: Tensor, activation: int, threshold: float, pixel: int, quantity: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Foreground and y as one mask (2 B, D, H, W), the sums of the pixel term (zeros if it is not fused), health."""
+) -> tuple[Tensor, Tensor]:
+    """Foreground and y as one mask (2 B, D, H, W), and the parts of the sums of the pixel term and of the health."""
     batch, *shape = x.shape
     masks = torch.empty((2 * batch, *shape), dtype=torch.bool, device=x.device)
-    none = torch.zeros((batch, ops.SAMPLE_COLUMNS), dtype=torch.float64, device=x.device)
-    if x.numel() == 0:
-        return masks, none, torch.ones((), dtype=torch.float64, device=x.device)
-    num_voxels = x[0].numel()
+    num_voxels = x[0].numel() if batch else 0
     block = block_size(num_voxels, ACTIVATE_BLOCK)
     programs = triton.cdiv(num_voxels, block)
-    fused = pixel != ops.NOT_FUSED
-    sums = torch.empty((batch, programs, ops.SAMPLE_COLUMNS), dtype=torch.float64, device=x.device) if fused else none
-    health = torch.empty((batch, programs), dtype=torch.float64, device=x.device)
+    parts = torch.empty((batch, programs, ops.SAMPLE_COLUMNS + 1), dtype=torch.float64, device=x.device)
     # As PyTorch and NumPy compare a number with a tensor: rounded to the dtype of the tensor.
     threshold = float(np.float64(threshold) if x.dtype == torch.float64 else np.float32(threshold))
-    _activate_kernel[(programs, batch)](
-        x, labels, *masks.chunk(2), sums, health, num_voxels,
-        activation, threshold, pixel, quantity if fused else 0, block,
-    )  # fmt: skip
-    return masks, sums.sum(dim=1) if fused else none, health.amin()
+    if x.numel() > 0:
+        _activate_kernel[(programs, batch)](
+            x, labels, *masks.chunk(2), parts, num_voxels,
+            activation, threshold, pixel, 0 if pixel == ops.NOT_FUSED else quantity, block,
+        )  # fmt: skip
+    return masks, parts

@@ -16,29 +16,47 @@ from .components import launch_find_instances, launch_number_instances
 OUTPUTS: tl.constexpr = tl.constexpr(ops.OUTPUTS)
 KEPT: tl.constexpr = tl.constexpr(ops.KEPT)
 LABELS: tl.constexpr = tl.constexpr(ops.LABELS)
-SAMPLES_BLOCK = 128
+SAMPLE_COLUMNS: tl.constexpr = tl.constexpr(ops.SAMPLE_COLUMNS)
+PARTS_BLOCK = 512
 
 
 @triton.jit
-def _keep_kernel(
+def _finish_kernel(
     found_ptr,  # (2 B,) int32: outputs, labels
+    parts_ptr,  # (B, programs, 4) float64: of the sums of the pixel term, and 0 or NaN
     counts_ptr,  # (3, B) int32: outputs, kept outputs, labels
-    B,
+    sums_ptr,  # (B, 3) float64
+    health_ptr,  # () float64
+    programs,
     max_kept,  # 0: all
     TOO_MANY: tl.constexpr,  # outputs for each label
     BLOCK: tl.constexpr,
 ):
-    sample = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    here = sample < B
-    outputs = tl.load(found_ptr + sample, mask=here, other=0)
-    labels = tl.load(found_ptr + B + sample, mask=here, other=0)
+    sample = tl.program_id(0).to(tl.int64)
+    B = tl.num_programs(0)
+    outputs, labels = tl.load(found_ptr + sample), tl.load(found_ptr + B + sample)
     kept = tl.minimum(outputs, max_kept) if max_kept > 0 else outputs
     # (a bare constant would be rounded to float32)
-    most = labels.to(tl.float64) * tl.full((BLOCK,), TOO_MANY, tl.float64)
+    most = labels.to(tl.float64) * tl.full([], TOO_MANY, tl.float64)
     kept = tl.where((labels > 0) & (outputs > most), 0, kept)
-    tl.store(counts_ptr + OUTPUTS * B + sample, outputs, mask=here)
-    tl.store(counts_ptr + KEPT * B + sample, kept, mask=here)
-    tl.store(counts_ptr + LABELS * B + sample, labels, mask=here)
+    tl.store(counts_ptr + OUTPUTS * B + sample, outputs)
+    tl.store(counts_ptr + KEPT * B + sample, kept)
+    tl.store(counts_ptr + LABELS * B + sample, labels)
+
+    for column in tl.static_range(SAMPLE_COLUMNS):
+        total = tl.zeros((BLOCK,), tl.float64)
+        for first in range(0, programs, BLOCK):
+            part = first + tl.arange(0, BLOCK)
+            at = (sample * programs + part) * (SAMPLE_COLUMNS + 1) + column
+            total += tl.load(parts_ptr + at, mask=part < programs, other=0.0)
+        tl.store(sums_ptr + sample * SAMPLE_COLUMNS + column, tl.sum(total, axis=0))
+    if sample == 0:  # one health for the batch
+        health = tl.zeros((BLOCK,), tl.float64)
+        for first in range(0, B * programs, BLOCK):
+            part = (first + tl.arange(0, BLOCK)).to(tl.int64)
+            at = part * (SAMPLE_COLUMNS + 1) + SAMPLE_COLUMNS
+            health += tl.load(parts_ptr + at, mask=part < B * programs, other=0.0)
+        tl.store(health_ptr, 1.0 + tl.sum(health, axis=0))
 
 
 def launch_find(
@@ -56,8 +74,8 @@ def launch_find(
     capacity: int,
 ) -> tuple[list[Tensor], Tensor, Tensor, Tensor, Tensor]:
     """Sites, sums of the pixel term, health, counts and geometry."""
-    masks, sums, health = launch_activate(x, labels, activation, threshold, pixel, pixel_quantity)
-    batch = len(x)
+    masks, parts = launch_activate(x, labels, activation, threshold, pixel, pixel_quantity)
+    batch, programs, _ = parts.shape
     if ids is None:
         # One labelling for both sides.
         rows, found, geometry = launch_find_instances(masks, num_iterations, min_size, capacity)
@@ -66,9 +84,11 @@ def launch_find(
         lab = launch_number_instances(ids, min_size, capacity)
         rows, found, geometry = (torch.cat(pair) for pair in zip(out, lab, strict=True))
     counts = torch.empty((ops.COUNTS, batch), dtype=torch.int32, device=x.device)
+    sums = torch.empty((batch, ops.SAMPLE_COLUMNS), dtype=torch.float64, device=x.device)
+    health = torch.empty((), dtype=torch.float64, device=x.device)
     if batch > 0:
-        block = block_size(batch, SAMPLES_BLOCK)
-        _keep_kernel[(triton.cdiv(batch, block),)](found, counts, batch, max_kept, too_many, block)
+        block = block_size(programs, PARTS_BLOCK)
+        _finish_kernel[(batch,)](found, parts, counts, sums, health, programs, max_kept, too_many, block)
     return [masks, rows], sums, health, counts, geometry
 
 

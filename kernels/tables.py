@@ -12,7 +12,8 @@ with e = phi(a s, 0) [y = 0], s = a held constant, c = phi(a, 1); without no_tp 
 remain, take the largest pair, reduce a, phi(a, 0), phi(a, 1) and e over its lanes, send scalar atomics to both rows,
 drop those lanes. If the pair touches, it goes into a hash table of one sample (linear probing; a slot is taken by
 compare-and-swap, never freed). A second kernel walks over that table: the size of the label is added to LABEL of the
-output, and the excess of the output to COST of the label.
+output, and the excess of the output to COST of the label. Before both, one kernel clears the rows that are used, and
+the hash table.
 
 Backward, G the gradients of the tables, phi' the derivative in a:
 
@@ -42,7 +43,7 @@ from torch import Tensor
 
 from .. import ops
 from .activation import NONE, NOT_FUSED, RAW, SIGMOID, probability, seen_by_pixel
-from .blocks import block_size
+from .blocks import block_size, table_programs
 from .quantities import phi, phi_derivative, sum_where
 
 MASS: tl.constexpr = tl.constexpr(ops.MASS)
@@ -53,6 +54,9 @@ TOUCHED: tl.constexpr = tl.constexpr(ops.TOUCHED)
 OVERLAP: tl.constexpr = tl.constexpr(ops.OVERLAP)
 COLUMNS: tl.constexpr = tl.constexpr(ops.SUMS_COLUMNS)
 SAMPLE_COLUMNS: tl.constexpr = tl.constexpr(ops.SAMPLE_COLUMNS)
+OUTPUTS: tl.constexpr = tl.constexpr(ops.OUTPUTS)
+KEPT: tl.constexpr = tl.constexpr(ops.KEPT)
+LABELS: tl.constexpr = tl.constexpr(ops.LABELS)
 GRADIENT_COLUMNS: tl.constexpr = tl.constexpr(ops.GRADIENT_COLUMNS)
 SAMPLE_GRADIENT_COLUMNS: tl.constexpr = tl.constexpr(ops.SAMPLE_GRADIENT_COLUMNS)
 GEOMETRY_COLUMNS: tl.constexpr = tl.constexpr(ops.GEOMETRY_COLUMNS)
@@ -73,6 +77,34 @@ HASH_SHIFT: tl.constexpr = tl.constexpr(15)
 def _times(grad, slope, here):
     """Chain rule in float64 on the lanes `here`; 0 elsewhere, even where the slope is not finite."""
     return tl.where(here, grad * slope.to(tl.float64), 0.0)
+
+
+@triton.jit
+def _clear_kernel(
+    counts_ptr,  # (3, B) int32
+    sums_ptr,  # (2 B, capacity, 5) float64
+    excess_ptr,  # (B, capacity) float64
+    pairs_ptr,  # (B, slots) int64
+    capacity,
+    slots,
+    BLOCK: tl.constexpr,
+):
+    sample = tl.program_id(1).to(tl.int64)
+    B = tl.num_programs(1)
+    start, step = tl.program_id(0) * BLOCK, tl.num_programs(0) * BLOCK
+    nothing = tl.zeros((BLOCK,), tl.float64)
+    for side in tl.static_range(2):
+        rows = tl.load(counts_ptr + (OUTPUTS if side == 0 else LABELS) * B + sample)
+        for first in range(start, tl.minimum(rows, capacity), step):
+            row = first + tl.arange(0, BLOCK)
+            row_ptr = sums_ptr + ((side * B + sample) * capacity + row) * COLUMNS
+            for column in tl.static_range(COLUMNS):
+                tl.store(row_ptr + column, nothing, mask=row < capacity)
+            if side == 0:
+                tl.store(excess_ptr + sample * capacity + row, nothing, mask=row < capacity)
+    for first in range(start, slots, step):
+        slot = first + tl.arange(0, BLOCK)
+        tl.store(pairs_ptr + sample * slots + slot, tl.zeros((BLOCK,), tl.int64), mask=slot < slots)
 
 
 @triton.jit
@@ -102,7 +134,7 @@ def _sum_instances_kernel(
     out_sums_ptr,  # (B, capacity, 5) float64
     lab_sums_ptr,  # (B, capacity, 5) float64
     excess_ptr,  # (B, capacity) float64
-    sample_sums_ptr,  # (B, programs, 3) float64
+    parts_ptr,  # (B, programs, 3) float64: of the sums of a sample
     pairs_ptr,  # (B, pair_capacity) int64
     V,
     capacity,
@@ -122,10 +154,10 @@ def _sum_instances_kernel(
     key = key | tl.load(lab_rows_ptr + index, mask=in_volume, other=0)
     kept = tl.load(kept_ptr + sample)
 
-    partial_ptr = sample_sums_ptr + (sample * tl.num_programs(0) + tl.program_id(0)) * SAMPLE_COLUMNS
-    tl.store(partial_ptr, sum_where(a * y, in_volume))
-    tl.store(partial_ptr + 1, sum_where(phi(a, y, QUANTITY), in_volume))
-    tl.store(partial_ptr + 2, sum_where(y, in_volume))
+    parts_ptr += (sample * tl.num_programs(0) + tl.program_id(0)) * SAMPLE_COLUMNS
+    tl.store(parts_ptr, sum_where(a * y, in_volume))
+    tl.store(parts_ptr + 1, sum_where(phi(a, y, QUANTITY), in_volume))
+    tl.store(parts_ptr + 2, sum_where(y, in_volume))
 
     phi_0 = phi(a, tl.zeros_like(a), QUANTITY)
     phi_1 = phi(a, tl.zeros_like(a) + 1, QUANTITY)
@@ -250,12 +282,28 @@ def _sum_neighbours_kernel(
     pairs_ptr,  # (B, slots) int64
     lab_geometry_ptr,  # (B, capacity, 10) int64
     excess_ptr,  # (B, capacity) float64
+    counts_ptr,  # (3, B) int32
+    parts_ptr,  # (B, parts, 3) float64: of the sums of a sample
     out_sums_ptr,  # (B, capacity, 5) float64
     lab_sums_ptr,  # (B, capacity, 5) float64
+    sample_sums_ptr,  # (B, 3) float64
+    parts,
     slots,
     capacity,
     BLOCK: tl.constexpr,
 ):
+    sample = tl.program_id(1).to(tl.int64)
+    if tl.program_id(0) == 0:
+        B = tl.num_programs(1)
+        kept, num_labels = tl.load(counts_ptr + KEPT * B + sample), tl.load(counts_ptr + LABELS * B + sample)
+        read = tl.where((kept == 0) | (num_labels == 0), parts, 0)  # elsewhere nobody asks for them
+        for column in tl.static_range(SAMPLE_COLUMNS):
+            total = tl.zeros((BLOCK,), tl.float64)
+            for first in range(0, read, BLOCK):
+                part = first + tl.arange(0, BLOCK)
+                at = (sample * parts + part) * SAMPLE_COLUMNS + column
+                total += tl.load(parts_ptr + at, mask=part < parts, other=0.0)
+            tl.store(sample_sums_ptr + sample * SAMPLE_COLUMNS + column, tl.sum(total, axis=0))
     out, lab, here = _pair_of_slot(pairs_ptr, slots, capacity, BLOCK)
     size = tl.load(lab_geometry_ptr + lab * GEOMETRY_COLUMNS + SIZE, mask=here, other=0)
     tl.atomic_add(out_sums_ptr + out * COLUMNS + LABEL, size.to(tl.float64), mask=here, sem="relaxed")
@@ -294,24 +342,29 @@ def launch_sum_instances(
     a = x if activation == ops.NONE else foreground
     batch, capacity = len(x), geometry.shape[1]
     num_voxels = a[0].numel() if batch else 0
-    sums = torch.zeros((2 * batch, capacity, ops.SUMS_COLUMNS), dtype=torch.float64, device=a.device)
-    excess = torch.zeros((batch, capacity), dtype=torch.float64, device=a.device)
-    pairs = torch.zeros((batch, pair_capacity), dtype=torch.int64, device=a.device)
     block = block_size(num_voxels, SUMS_BLOCK)
     programs = triton.cdiv(num_voxels, block)
-    sample_sums = torch.empty((batch, programs, ops.SAMPLE_COLUMNS), dtype=torch.float64, device=a.device)
-    if a.numel() > 0:
+    sizes = (2 * batch, capacity, ops.SUMS_COLUMNS), (batch, capacity), (batch, programs, ops.SAMPLE_COLUMNS)
+    sums, excess, parts = (torch.empty(size, dtype=torch.float64, device=a.device) for size in sizes)
+    sample_sums = torch.empty((batch, ops.SAMPLE_COLUMNS), dtype=torch.float64, device=a.device)
+    pairs = torch.empty((batch, pair_capacity), dtype=torch.int64, device=a.device)
+    if batch > 0:
+        rows_block = block_size(pair_capacity, PAIRS_BLOCK)
+        _clear_kernel[(table_programs(triton.cdiv(pair_capacity, rows_block)), batch)](
+            counts, sums, excess, pairs, capacity, pair_capacity, rows_block
+        )
         precision = tl.float64 if a.dtype == torch.float64 else tl.float32
         out_sums, lab_sums = sums.chunk(2)
-        _sum_instances_kernel[(programs, batch)](
-            a, y, out_rows, lab_rows, counts[ops.KEPT], out_sums, lab_sums, excess, sample_sums, pairs,
-            num_voxels, capacity, pair_capacity, quantity, no_tp, precision, block, num_warps=SUMS_WARPS,
+        if num_voxels > 0:
+            _sum_instances_kernel[(programs, batch)](
+                a, y, out_rows, lab_rows, counts[ops.KEPT], out_sums, lab_sums, excess, parts, pairs,
+                num_voxels, capacity, pair_capacity, quantity, no_tp, precision, block, num_warps=SUMS_WARPS,
+            )  # fmt: skip
+        _sum_neighbours_kernel[(triton.cdiv(pair_capacity, rows_block), batch)](
+            pairs, geometry[batch:], excess, counts, parts, out_sums, lab_sums, sample_sums,
+            programs, pair_capacity, capacity, rows_block,
         )  # fmt: skip
-        block = block_size(pair_capacity, PAIRS_BLOCK)
-        _sum_neighbours_kernel[(triton.cdiv(pair_capacity, block), batch)](
-            pairs, geometry[batch:], excess, out_sums, lab_sums, pair_capacity, capacity, block
-        )
-    return sums, sample_sums.sum(dim=1), pairs
+    return sums, sample_sums, pairs
 
 
 def launch_sum_instances_backward(

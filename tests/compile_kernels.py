@@ -94,7 +94,7 @@ def call_launchers():
     """Call each launcher with each kind of argument that changes what is compiled."""
     room = rooms()
     for depth in (9, 1):
-        shape = (2, depth, 10, 11)
+        shape = (2, depth, 40, 50)
         mask = torch.zeros(shape, dtype=torch.bool)
         for rounds, min_size in ((0, 0), (3, 2)):
             room["components"].launch_find_instances(mask, rounds, min_size, 20)

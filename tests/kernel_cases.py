@@ -102,18 +102,19 @@ def assert_same(result, expected):
 
 
 def activate(*arguments):
-    """`launch_activate`, its mask as foreground and y."""
-    masks, sums, health = importlib.import_module("triton_instance_loss.kernels.activation").launch_activate(*arguments)
-    return *masks.chunk(2), sums, health
+    """`launch_activate`, its mask as foreground and y, its parts added up."""
+    masks, parts = importlib.import_module("triton_instance_loss.kernels.activation").launch_activate(*arguments)
+    sums, broken = parts.sum(1).split((ops.SAMPLE_COLUMNS, 1), 1)
+    return *masks.chunk(2), sums.contiguous(), 1.0 + broken.sum()
 
 
 def found(lab_rows, kept, capacity):
-    """Counts and geometry that tell how many outputs are kept and how large labels are, and nothing else."""
+    """Counts and geometry that tell how many outputs are kept and how large labels are; all rows are in use."""
     batch = len(lab_rows)
     geometry = torch.full((2 * batch, capacity, ops.GEOMETRY_COLUMNS), -FAR, device=lab_rows.device)
     rows = torch.arange(1, capacity + 1, device=lab_rows.device)
     geometry[batch:, :, ops.SIZE] = (lab_rows.flatten(1)[:, None] == rows[:, None]).sum(2)
-    return torch.stack((torch.full_like(kept, -1), kept, torch.full_like(kept, -1))), geometry
+    return torch.stack((torch.full_like(kept, capacity), kept, torch.full_like(kept, capacity))), geometry
 
 
 def touching(out_rows, lab_rows, kept):

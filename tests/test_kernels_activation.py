@@ -1,5 +1,6 @@
 """The kernel that activates against drawn truths, and against a plain statement of what it computes."""
 
+import importlib
 import math
 
 import pytest
@@ -8,6 +9,7 @@ from kernel_cases import DEVICE, SHAPES, activate, assert_same
 
 pytest.importorskip("triton")
 
+from triton_instance_loss import ops
 from triton_instance_loss.ops import GIVEN, HARD, NONE, NOT_FUSED, PROBABILITY, RAW, SIGMOID
 
 pytestmark = pytest.mark.usefixtures("poison")
@@ -230,3 +232,25 @@ def test_activate_in_any_order_is_the_same():
     results = [activate(x, labels, SIGMOID, 0.5, PROBABILITY, 3) for _ in range(2)]
     assert_same(*results)
     assert_activate(x, labels, SIGMOID, 0.5, PROBABILITY, 3)
+
+
+@pytest.mark.usefixtures("any_order")
+@pytest.mark.parametrize("broken", [False, True])
+def test_find_adds_up_what_programs_wrote(monkeypatch, broken):
+    """Sums of the pixel term, health and counts of several programs a sample, in several steps."""
+    activation, instances = (
+        importlib.import_module(f"triton_instance_loss.kernels.{room}") for room in ("activation", "instances")
+    )
+    monkeypatch.setattr(activation, "ACTIVATE_BLOCK", 64)
+    monkeypatch.setattr(instances, "PARTS_BLOCK", 4)
+    x, labels = random_volumes((3, 5, 11, 13), torch.float64, torch.float64)
+    if broken:
+        x[1, 2, 3, 4] = INF
+    finite = x.flatten(1).isfinite().all(1)  # the sums of other samples are NaN or infinite, and health says so
+    for pixel in (NOT_FUSED, RAW):
+        case = (x, labels, None, SIGMOID, 0.7, pixel, 3, 0, 0, 5, 2.0)
+        _, sums, health, counts, _ = instances.launch_find(*case, 90)
+        _, expected_sums, expected_health, expected_counts, _ = ops.find(*case, 0)
+        torch.testing.assert_close(sums[finite], expected_sums[finite], rtol=1e-13, atol=0)
+        assert_same((health, counts), (expected_health, expected_counts))
+        assert bool(health.isnan()) == broken
