@@ -27,21 +27,27 @@ class _Runs(NamedTuple):
     voxels: Indices
     first: Indices  # first voxel of each run
     last: Indices  # last voxel of each run
+    at: tuple[Indices, Indices, Indices, Indices]  # sample and coordinates d, h, w of the first voxel of each run
 
     def spread(self, values: Indices) -> Indices:
         """From a value a run to one a voxel."""
         return np.repeat(values, self.last - self.first + 1)
 
 
-def _cut(voxels: Indices, width: int, ids: NDArray[Any] | None = None) -> _Runs:
+def _cut(voxels: Indices, shape: tuple[int, ...], ids: NDArray[Any] | None = None) -> _Runs:
     """Cut voxels into runs, of one id if ids are given."""
+    _, depth, height, width = shape
+    line = voxels // width
     begins = np.ones(len(voxels), dtype=bool)
-    begins[1:] = np.diff(voxels) != 1
-    begins |= voxels % width == 0
+    begins[1:] = (voxels[1:] - voxels[:-1] != 1) | (line[1:] != line[:-1])
     if ids is not None:
         begins[1:] |= ids[1:] != ids[:-1]
-    at = np.flatnonzero(begins)
-    return _Runs(voxels, voxels[at], voxels[np.append(at[1:], len(voxels)) - 1] if len(voxels) else voxels)
+    begin = np.flatnonzero(begins)
+    first, line = voxels[begin], line[begin]
+    last = voxels[np.append(begin[1:], len(voxels)) - 1] if len(voxels) else voxels
+    plane = line // height
+    sample = plane // depth
+    return _Runs(voxels, first, last, (sample, plane - sample * depth, line - plane * height, first - line * width))
 
 
 def fill(shape: tuple[int, ...], voxels: Indices, values: NDArray[Any]) -> Tensor:
@@ -73,7 +79,7 @@ def number_instances(ids: Tensor, min_size: int, capacity: int) -> tuple[Tensor,
 
 def find_ids(voxels: Indices, shape: tuple[int, ...], num_iterations: int) -> Indices:
     """The id of the component of each voxel of a foreground."""
-    runs = _cut(voxels, shape[-1])
+    runs = _cut(voxels, shape)
     names = _label(runs, shape)
     ids = runs.spread((_largest_voxel(runs, names) % math.prod(shape[1:]) + 1)[names])
     return _propagate(runs, names, ids, shape, num_iterations) if num_iterations > 0 else ids
@@ -85,7 +91,7 @@ def find_rows(
     """Row of the instance of each voxel of a foreground; counts and geometry of the instances."""
     if num_iterations > 0:
         return number_rows(voxels, find_ids(voxels, shape, num_iterations), shape, min_size, capacity)
-    runs = _cut(voxels, shape[-1])
+    runs = _cut(voxels, shape)
     names = _label(runs, shape)
     largest = _largest_voxel(runs, names)
     return _number(runs, names, largest, largest // math.prod(shape[1:]), shape, min_size, capacity)
@@ -95,9 +101,9 @@ def number_rows(
     voxels: Indices, ids: NDArray[Any], shape: tuple[int, ...], min_size: int, capacity: int
 ) -> tuple[Indices, Tensor, Tensor]:
     """The same, of given ids."""
-    runs = _cut(voxels, shape[-1], ids)
+    runs = _cut(voxels, shape, ids)
     of_run = ids[np.searchsorted(voxels, runs.first)].astype(np.int64)
-    keys = np.stack((runs.first // math.prod(shape[1:]), of_run))
+    keys = np.stack((runs.at[0], of_run))
     keys, names = np.unique(keys, axis=1, return_inverse=True)  # in the order of (sample, id)
     order = np.arange(keys.shape[1])
     return _number(runs, names.reshape(-1), order, keys[0], shape, min_size, capacity)
@@ -126,9 +132,7 @@ def _join(runs: _Runs, shape: tuple[int, ...]) -> Indices:
     from scipy.sparse.csgraph import connected_components
 
     _, depth, height, width = shape
-    line, w = np.divmod(runs.first, width)
-    plane, h = np.divmod(line, height)
-    sample, d = np.divmod(plane, depth)
+    sample, d, h, w = runs.at
     # With free places behind each line, plane and volume, a run that is moved or widened never reaches around an end.
     first = ((sample * (depth + 1) + d) * (height + 1) + h) * (width + 2) + w
     last = first + (runs.last - runs.first)
@@ -216,19 +220,17 @@ def _number(
     row_of_name = np.zeros(len(order), dtype=np.int64)
     row_of_name[ranked] = np.arange(len(ranked)) - (np.cumsum(counts) - counts)[samples[ranked]] + 1
     rows = row_of_name[names]
-    geometry = _measure(runs, rows, shape, capacity or max(1, int(counts.max())))
+    geometry = _measure(runs, rows, shape[0], capacity or max(1, int(counts.max())))
     return runs.spread(rows), torch.from_numpy(counts.astype(np.int32)), torch.from_numpy(geometry)
 
 
-def _measure(runs: _Runs, rows: Indices, shape: tuple[int, ...], capacity: int) -> NDArray[np.int64]:
+def _measure(runs: _Runs, rows: Indices, batch: int, capacity: int) -> NDArray[np.int64]:
     """Size, coordinate sums and bounds of each instance."""
-    batch, depth, height, width = shape
-    used = np.flatnonzero(rows)
-    first, length = runs.first[used], (runs.last - runs.first)[used] + 1
-    line, w = np.divmod(first, width)
-    plane, h = np.divmod(line, height)
-    sample, d = np.divmod(plane, depth)
-    at = sample * capacity + rows[used] - 1
+    used = rows > 0
+    length, (sample, d, h, w) = runs.last - runs.first + 1, runs.at
+    if not used.all():
+        rows, length, sample, d, h, w = (each[used] for each in (rows, length, sample, d, h, w))
+    at = sample * capacity + rows - 1
     table = np.zeros((batch * capacity, GEOMETRY_COLUMNS), dtype=np.int64)
     table[:, LOWS], table[:, HIGHS] = _NO_LOW, _NO_HIGH
     # Coordinates are below 2^31 and their sums below 2^53: exact in float64.

@@ -13,8 +13,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..ops import GROUP_LINES
-from .activation import LAB, OUT, Foreground, Indices, find_foreground, pixel_sums
+from .activation import Foreground, Indices, find_foreground, pixel_sums
 from .components import fill, find_rows, number_rows
+
+OUT, LAB, LABELLED = 1, 2, 4  # bits of a group: a is foreground, y is, labels are not 0
 
 
 class Sites(NamedTuple):
@@ -33,10 +35,6 @@ class Sites(NamedTuple):
         """From the tensors, without the columns at their ends that are not used."""
         voxels, groups = (each.numpy() for each in sites)
         return cls(*voxels[:, : _used(voxels[0] >= 0)], *groups[:, : _used(groups[-1] > 0)])
-
-    def foreground(self) -> Foreground:
-        """The foreground they were made of."""
-        return Foreground(self.voxels, self.bits.astype(np.uint8)[self.group])
 
 
 def _used(columns: NDArray[np.bool_]) -> int:
@@ -61,7 +59,7 @@ def find(
     """Operator `find` (ops.py)."""
     foreground = find_foreground(x, labels, activation, threshold)
     (batch, *shape), search = x.shape, (num_iterations, min_size, capacity)
-    is_out, is_lab = foreground.where(OUT), foreground.where(LAB)
+    is_out, is_lab = np.flatnonzero(foreground.out), np.flatnonzero(foreground.lab)
     outputs, truths = foreground.voxels[is_out], foreground.voxels[is_lab]
     if ids is None:
         # One labelling for both sides: outputs first, then labels.
@@ -75,7 +73,7 @@ def find(
         lab_rows, lab_found, lab_geometry = number_rows(truths, given, (batch, *shape), min_size, capacity)
         found = torch.cat((out_found, lab_found))
         geometry = torch.nn.utils.rnn.pad_sequence([*out_geometry, *lab_geometry], batch_first=True)
-    sums, health = pixel_sums(x, labels, foreground, activation, pixel, pixel_quantity)
+    sums, health = pixel_sums(x, foreground, activation, pixel, pixel_quantity)
     out, lab = np.zeros((2, len(foreground.voxels)), dtype=np.int64)
     out[is_out], lab[is_lab] = out_rows, lab_rows
     sites = _group(foreground, out, lab, x[0].numel())
@@ -95,7 +93,9 @@ def _count(found: NDArray[np.int32], max_kept: int, too_many: float) -> Tensor:
 
 def _group(foreground: Foreground, out: Indices, lab: Indices, volume: int) -> list[Tensor]:
     """The sites: voxels that differ in nothing that is asked have the same key."""
-    voxels, bits = foreground
+    voxels = foreground.voxels
+    bits = (foreground.labels != 0) * np.uint8(LABELLED)
+    bits |= foreground.out.view(np.uint8) | foreground.lab.view(np.uint8) * np.uint8(LAB)  # True is OUT
     # How many samples, rows and bits there are: a key holds one of each, the last one running fastest.
     of_key = (
         int(voxels[-1]) // volume + 1 if len(voxels) else 1,

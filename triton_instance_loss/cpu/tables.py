@@ -10,49 +10,63 @@ from torch import Tensor
 from .. import quantities
 from ..ops import (
     COST,
+    HARD,
     INTERSECTION,
     KEPT,
     LABEL,
     MASS,
     NONE,
+    NOT_FUSED,
     OVERLAP,
+    PROBABILITY,
     SAMPLE_COLUMNS,
     SAMPLE_GRADIENT_COLUMNS,
+    SIGMOID,
     SIZE,
     SUMS_COLUMNS,
     TOUCHED,
 )
 from ..quantities import phi, phi_derivative
-from .activation import LAB, OUT, Indices, Numbers, pixel_gradient, slope
-from .instances import Sites, row_maps
+from .activation import Indices, Numbers, pixel_gradient, probability, slope, what_truth_changes
+from .instances import LAB, LABELLED, OUT, Sites, row_maps
 
 
 class _Groups:
     """The sites of a call, and what is summed over them.
 
-    A hard output a is the same for all voxels of a group, which then stand for themselves as often as there are some;
-    otherwise each voxel has its own. What a and y are given for is called *places*.
+    Where all that matters about a voxel is the same for all of its group, groups stand for their voxels; elsewhere each
+    voxel stands for itself. What has a value of its own is called a *place*.
     """
 
-    def __init__(self, x: Tensor, sites: Sites, activation: int) -> None:
-        self.sites, self.hard = sites, activation != NONE
-        y = (sites.bits & LAB) != 0
-        if self.hard:
-            self.a = torch.from_numpy((sites.bits & OUT) != 0).double()
-            self.y = torch.from_numpy(y)
-        else:
-            self.a = torch.from_numpy(x.numpy().reshape(-1)[sites.voxels])
-            self.y = torch.from_numpy(y[sites.group])
+    def __init__(self, sites: Sites, alike: bool) -> None:
+        self.sites, self.alike = sites, alike
+        self.bits = sites.bits if alike else sites.bits[sites.group]
+
+    def has(self, bit: int) -> Tensor:
+        """Where a bit is set, by place."""
+        return torch.from_numpy((self.bits & bit) != 0)
+
+    def of_voxels(self, volume: Tensor) -> Tensor:
+        """What a volume holds, by voxel."""
+        return torch.from_numpy(volume.numpy().reshape(-1)[self.sites.voxels])
+
+    def a(self, x: Tensor, activation: int) -> Tensor:
+        """The activated output, by place."""
+        return self.of_voxels(x) if activation == NONE else self.has(OUT).double()
 
     def sum(self, values: Tensor) -> Numbers:
         """Values of places, summed over the voxels of each group."""
         numbers, size = values.numpy(), self.sites.size
-        sums: NDArray[Any] = numbers * size if self.hard else np.bincount(self.sites.group, numbers, len(size))
+        sums: NDArray[Any] = numbers * size if self.alike else np.bincount(self.sites.group, numbers, len(size))
         return sums
 
     def spread(self, values: Numbers) -> Tensor:
         """Values of groups, one for each place."""
-        return torch.from_numpy(values if self.hard else values[self.sites.group])
+        return torch.from_numpy(values if self.alike else values[self.sites.group])
+
+    def to_voxels(self, values: Tensor) -> Tensor:
+        """Values of places, one for each voxel."""
+        return torch.from_numpy(values.numpy()[self.sites.group]) if self.alike else values
 
     def kept(self, kept: NDArray[np.int32]) -> NDArray[np.bool_]:
         """Which groups lie inside a kept output."""
@@ -95,17 +109,18 @@ def sum_instances(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Operator `sum_instances` (ops.py)."""
     read = Sites.read(sites)
-    groups, kept = _Groups(x, read, activation), counts[KEPT].numpy()
+    groups, kept = _Groups(read, alike=activation != NONE), counts[KEPT].numpy()
+    a, y = groups.a(x, activation), groups.has(LAB)
     batch, capacity = len(x), geometry.shape[1]
     inside, on_label = groups.kept(kept), read.lab > 0
-    mass = groups.sum(groups.a)
+    mass = groups.sum(a)
     if quantity == quantities.MASS:  # phi is a itself
         at_nothing = at_label = mass
     else:
-        at_nothing = groups.sum(phi(quantity, groups.a, 0.0))
-        at_label = groups.sum(phi(quantity, groups.a, 1.0))
+        at_nothing = groups.sum(phi(quantity, a, 0.0))
+        at_label = groups.sum(phi(quantity, a, 1.0))
     if no_tp:
-        excess = groups.sum(phi(quantity, groups.a * groups.a, 0.0).masked_fill(groups.y, 0.0))
+        excess = groups.sum(phi(quantity, a * a, 0.0).masked_fill(y, 0.0))
         cost = at_label
     else:
         excess = at_nothing
@@ -135,20 +150,20 @@ def sum_instances(
         sums[batch:, :, column] = groups.by_row(read.lab, lab_columns[column], capacity, batch)
     # The backward needs no list of pairs: its groups name them.
     no_pairs = torch.empty((batch, 0), dtype=torch.int64)
-    return torch.from_numpy(sums), _sample_sums(x, groups, counts, quantity), no_pairs
+    return torch.from_numpy(sums), _sample_sums(x, groups, a, y, counts, quantity), no_pairs
 
 
-def _sample_sums(x: Tensor, groups: _Groups, counts: Tensor, quantity: int) -> Tensor:
+def _sample_sums(x: Tensor, groups: _Groups, a: Tensor, y: Tensor, counts: Tensor, quantity: int) -> Tensor:
     """Sums of a * y, phi(a, y) and y over each sample that they are read of, zeros elsewhere."""
     sums = np.zeros((len(x), SAMPLE_COLUMNS))
     read = (counts[KEPT:] == 0).any(0).numpy()
     if read.any():
-        truth = groups.y.to(groups.a.dtype)
-        cost = phi(quantity, groups.a, truth)
-        if not groups.hard:  # elsewhere a is not 0
+        truth = y.to(a.dtype)
+        cost = phi(quantity, a, truth)
+        if not groups.alike:  # a is not 0 elsewhere
             sums[:, 1] = phi(quantity, x, 0.0).sum(-1, dtype=torch.float64).sum((1, 2)).numpy()
-            cost = cost - phi(quantity, groups.a, 0.0)
-        for column, values in enumerate((groups.a * truth, cost, truth)):
+            cost = cost - phi(quantity, a, 0.0)
+        for column, values in enumerate((a * truth, cost, truth)):
             sums[:, column] += np.bincount(groups.sites.sample, weights=groups.sum(values), minlength=len(x))
         sums[~read] = 0.0
     return torch.from_numpy(sums)
@@ -171,7 +186,7 @@ def sum_instances_backward(
 ) -> Tensor:
     """Operator `sum_instances_backward` (ops.py)."""
     read = Sites.read(sites)
-    grad, on_top = pixel_gradient(grad_pixel_sums, x, labels, read.foreground(), activation, pixel, pixel_quantity)
+    grad = pixel_gradient(grad_pixel_sums, x, activation, pixel, pixel_quantity)
     if bool(grad_sample_sums.any()):
         _, y, _, _ = maps = row_maps(x, sites)
         a = x if activation == NONE else maps[0].to(x.dtype)
@@ -181,9 +196,30 @@ def sum_instances_backward(
         some = grad_sample_sums.any(1)
         grad[some] += (by_whole * slope(x, activation))[some].to(x.dtype)
 
-    groups, kept = _Groups(x, read, activation), counts[KEPT].numpy()
-    inside, on_label = groups.kept(kept), read.lab > 0
-    out, lab = (groups.gather(*side) for side in zip((read.out, read.lab), np.split(grad_sums.numpy(), 2), strict=True))
+    binary = pixel in (PROBABILITY, NOT_FUSED) or not bool((read.bits & (LAB | LABELLED) == LABELLED).any())
+    linear = pixel in (HARD, NOT_FUSED) or pixel_quantity in (quantities.MASS, quantities.SQUARE)
+    groups = _Groups(read, alike=activation != NONE and binary and linear)
+    by_a = _by_activated(groups, grad_sums.numpy(), groups.a(x, activation), counts[KEPT].numpy(), quantity, no_tp)
+    by_u = _by_seen(groups, grad_pixel_sums, x, labels, activation, pixel, pixel_quantity)
+    if activation != SIGMOID:
+        by_voxel = groups.to_voxels(by_a + by_u)
+    else:
+        by_x = slope(groups.of_voxels(x), activation)
+        if pixel == PROBABILITY:
+            by_voxel = groups.to_voxels(by_a + by_u) * by_x
+        else:  # the pixel term does not look through the sigmoid
+            by_voxel = groups.to_voxels(by_a) * by_x + groups.to_voxels(by_u)
+    grad.numpy().reshape(-1)[read.voxels] += by_voxel.numpy()
+    return grad
+
+
+def _by_activated(
+    groups: _Groups, grad_sums: Numbers, a: Tensor, kept: NDArray[np.int32], quantity: int, no_tp: bool
+) -> Tensor:
+    """Gradient of the activated output from those of the sums by instance, by place."""
+    sites, (sides, capacity, _) = groups.sites, grad_sums.shape
+    inside, on_label = groups.kept(kept), sites.lab > 0
+    out, lab = (groups.gather(*side) for side in zip((sites.out, sites.lab), np.split(grad_sums, 2), strict=True))
     # What each group multiplies 1, phi'(a, 1), phi'(a, 0) and the derivative of the excess by.
     cost = np.where(inside, lab[COST], 0.0)
     constant = out[MASS] + lab[MASS] + np.where(on_label, out[INTERSECTION], 0.0)
@@ -193,8 +229,8 @@ def sum_instances_backward(
     met = groups.met(kept)
     brought = np.zeros(len(cost))
     brought[met] = lab[COST][met]
-    brought = groups.by_row(read.out, brought, grad_sums.shape[1], len(x))[:, :, None]
-    (excess,) = groups.gather(read.out, brought)
+    brought = groups.by_row(sites.out, brought, capacity, sides // 2)[:, :, None]
+    (excess,) = groups.gather(sites.out, brought)
     if not no_tp:
         of_nothing += excess - cost
 
@@ -202,13 +238,29 @@ def sum_instances_backward(
         by_a = groups.spread(constant + of_label + of_nothing)
     else:
         by_a = groups.spread(constant)
-        by_a += groups.spread(of_label) * phi_derivative(quantity, groups.a, 1.0)
-        by_a += groups.spread(of_nothing) * phi_derivative(quantity, groups.a, 0.0)
+        by_a = by_a + groups.spread(of_label) * phi_derivative(quantity, a, 1.0)
+        by_a += groups.spread(of_nothing) * phi_derivative(quantity, a, 0.0)
     if no_tp:
-        slope_of_excess = phi_derivative(quantity, groups.a * groups.a, 0.0) * groups.a
-        by_a += groups.spread(excess) * slope_of_excess.masked_fill(groups.y, 0.0)
-    by_voxel = by_a.numpy()[read.group] if groups.hard else by_a.numpy()
-    values = torch.from_numpy(x.numpy().reshape(-1)[read.voxels])
-    on_top += by_voxel * slope(values, activation).numpy()
-    grad.numpy().reshape(-1)[read.voxels] += on_top
-    return grad
+        slope_of_excess = phi_derivative(quantity, a * a, 0.0) * a
+        by_a = by_a + groups.spread(excess) * slope_of_excess.masked_fill(groups.has(LAB), 0.0)
+    return by_a
+
+
+def _by_seen(
+    groups: _Groups, grads: Tensor, x: Tensor, labels: Tensor, activation: int, pixel: int, quantity: int
+) -> Tensor:
+    """Gradient of what the pixel term sees, by place: what is due to the truth there."""
+    w = groups.has(LAB).double()
+    if pixel == NOT_FUSED:
+        return torch.zeros_like(w)
+    if pixel == HARD:
+        u = groups.has(OUT).double()
+    elif groups.alike:  # then it does not matter
+        u = torch.zeros_like(w)
+    else:
+        values = groups.of_voxels(x)
+        u = (probability(values, activation) if pixel == PROBABILITY else values).double()
+    if pixel != PROBABILITY and not groups.alike:
+        w = groups.of_voxels(labels).double()
+    by_intersection, by_cost = (groups.spread(each[groups.sites.sample]) for each in grads.numpy().T)
+    return by_intersection * w + by_cost * what_truth_changes(phi_derivative, u, w, pixel, quantity)
