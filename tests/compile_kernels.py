@@ -100,7 +100,9 @@ def call_launchers():
             room["components"].launch_find_instances(mask, rounds, min_size, 20)
         room["components"].launch_number_instances(mask.long(), 0, 20)
         geometry, counts = torch.zeros((4, 20, 10), dtype=torch.int64), torch.zeros((3, 2), dtype=torch.int32)
-        room["centers"].launch_center_overlaps(geometry, counts, list(shape[1:]), [2, 2, 2])
+        boxes = (geometry, counts, list(shape[1:]), [min(depth, 2), 2, 2])
+        room["centers"].launch_center_overlaps(*boxes)
+        room["centers"].launch_center_volumes(*boxes)
         room["proximity"].launch_proximity_minima(geometry, counts, list(shape[1:]), depth == 1)
     sites = [torch.zeros((4, *shape[1:]), dtype=dtype) for dtype in (torch.bool, torch.int32)]
     for dtype, quantity, no_tp in SUMS:

@@ -1,5 +1,7 @@
 """The kernels of centre boxes and distances against drawn truths, and against a plain statement."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -50,6 +52,15 @@ def two_sides(shape, kept, num_labels, capacity=9):
     return geometry, torch.cat((torch.full_like(used[: len(kept)], -1), used)).view(3, -1)
 
 
+def assert_overlaps(sides, owners):
+    """Counts of each row against the owners of both sides, (2 B, D, H, W)."""
+    geometry, counts, *_ = sides
+    rows = torch.arange(1, geometry.shape[1] + 1, device=DEVICE).view(-1, 1, 1, 1, 1)
+    others = owners.roll(len(owners) // 2, 0) > 0
+    owned = torch.stack([((owners == rows) & (others == side)).sum((2, 3, 4)).T for side in (False, True)], -1)
+    assert_same([used(centers.launch_center_overlaps(*sides), counts[1:])], [owned])
+
+
 @pytest.mark.parametrize(("shape", "offsets", "kept", "num_labels"), GEOMETRIES)
 @pytest.mark.parametrize("small", [False, True], ids=["one_block", "gpu_blocks"])
 def test_centers(shape, offsets, kept, num_labels, small, request):
@@ -60,10 +71,7 @@ def test_centers(shape, offsets, kept, num_labels, small, request):
     out_owner, lab_owner = owners.chunk(2)
     sides = (geometry, counts, list(shape), list(offsets))
     assert_same(centers.launch_center_volumes(*sides), [out_owner, lab_owner > 0])
-    rows = torch.arange(1, 10, device=DEVICE).view(-1, 1, 1, 1, 1)
-    others = torch.cat((lab_owner, out_owner)) > 0
-    owned = torch.stack([((owners == rows) & (others == side)).sum((2, 3, 4)).T for side in (False, True)], -1)
-    assert_same([used(centers.launch_center_overlaps(*sides), counts[1:])], [owned])
+    assert_overlaps(sides, owners)
 
 
 def test_centers_drawn():
@@ -75,6 +83,79 @@ def test_centers_drawn():
     assert not covered.any()
     owned = centers.launch_center_overlaps(geometry, counts, [1, 1, 6], [1, 1, 1])
     assert owned[0].tolist() == [[3, 0]]
+
+
+def of_centers(*positions):
+    """Lines of geometry of instances of one voxel."""
+    return torch.tensor([[1, *position, *position, *position] for position in positions], device=DEVICE)
+
+
+def test_center_overlaps_drawn():
+    # x         0 1 2 3 4 5 6 7 8    with offset 1 a box is [c - 2, c + 1), and the largest row wins
+    # outputs   . 1 1 3 3 3 2 2 .    [1, 4), [5, 8), [3, 6)
+    # labels    . . 1 1 1 . 2 2 2    [2, 5), [6, 9)
+    geometry = torch.zeros((2, 3, 10), dtype=torch.int64, device=DEVICE)
+    geometry[0] = of_centers((0, 0, 3), (0, 0, 7), (0, 0, 5))
+    geometry[1, :2] = of_centers((0, 0, 4), (0, 0, 8))
+    counts = torch.tensor([[3], [3], [2]], dtype=torch.int32, device=DEVICE)
+    owned = centers.launch_center_overlaps(geometry, counts, [1, 1, 9], [1, 1, 1])
+    assert owned[0].tolist() == [[1, 1], [0, 2], [1, 2]]
+    assert owned[1, :2].tolist() == [[0, 3], [1, 2]]
+
+
+@pytest.mark.parametrize("offset", [0, 1, 3, 9, 2**31 - 1])
+def test_centers_at_every_border(offset):
+    """Boxes around all corners against one around the middle: clipped on each side, up to the whole volume."""
+    shape, offsets = [4, 3, 5], [offset] * 3
+    corners = of_centers(*itertools.product(*((0, dim - 1) for dim in shape)))
+    geometry = torch.stack((corners, of_centers((2, 1, 2)).expand(8, -1)))
+    counts = torch.tensor([[8], [8], [1]], dtype=torch.int32, device=DEVICE)
+    owners = plain_owner(geometry, counts[1:].flatten(), shape, offsets)
+    sides = (geometry, counts, shape, offsets)
+    assert_same(centers.launch_center_volumes(*sides), [owners[:1], owners[1:] > 0])
+    assert_overlaps(sides, owners)
+
+
+CROWDS = [
+    ((5, 9, 11), (1, 2, 1), [13, 2], [6, 9], 13),
+    ((1, 17, 13), (1, 3, 2), [15, 0, 3], [4, 11, 0], 15),
+    ((7, 6, 5), (3, 9, 1), [7], [10], 10),
+    ((6, 8, 7), (1, 1, 1), [5, 19], [18, 3], 7),
+]
+
+
+def assert_many(monkeypatch, shape, offsets, kept, num_labels, capacity):
+    """Overlaps against the painted volumes, in blocks that boxes and tables are larger than."""
+    monkeypatch.setattr(centers, "BOX_BLOCK", 16)
+    monkeypatch.setattr(centers, "OTHERS_BLOCK", 4)
+    geometry, counts = two_sides(shape, kept, num_labels, capacity=20)
+    sides = (geometry[:, :capacity].contiguous(), counts, list(shape), list(offsets))  # counts may say more rows
+    swapped = (sides[0].roll(len(kept), 0), counts[[0, 2, 1]], *sides[2:])
+    (out_owner, in_label), (lab_owner, in_output) = (centers.launch_center_volumes(*both) for both in (sides, swapped))
+    assert_same([in_label, in_output], [lab_owner > 0, out_owner > 0])
+    assert_overlaps(sides, torch.cat((out_owner, lab_owner)))
+
+
+@pytest.mark.parametrize("case", CROWDS)
+@pytest.mark.usefixtures("gpu_blocks")
+def test_centers_of_many(case, monkeypatch):
+    assert_many(monkeypatch, *case)
+
+
+@pytest.mark.usefixtures("any_order")
+def test_centers_of_many_in_any_order(monkeypatch):
+    assert_many(monkeypatch, *CROWDS[0])
+
+
+def test_centers_of_nothing():
+    """No sample, no room for a row, no voxel."""
+    for batch, capacity, shape in ((0, 3, [2, 3, 4]), (2, 0, [2, 3, 4]), (2, 3, [2, 0, 4])):
+        geometry = torch.zeros((2 * batch, capacity, 10), dtype=torch.int64, device=DEVICE)
+        sides = (geometry, torch.zeros((3, batch), dtype=torch.int32, device=DEVICE), shape, [1, 1, 1])
+        assert centers.launch_center_overlaps(*sides).shape == (2 * batch, capacity, 2)
+        owner, covered = centers.launch_center_volumes(*sides)
+        assert owner.shape == covered.shape == (batch, *shape)
+        assert not owner.any()
 
 
 def plain_boxes(geometry, count, shape, planar):
