@@ -8,7 +8,8 @@ background.
    foreground.
 2. `_merge_kernel`: each cell looks at its 13 forward neighbours. Two cells touch if both have foreground on the
    faces, edges or corners that they share, which the two bytes tell. Then their sets are united.
-3. `_flatten_kernel`: every voxel climbs to its root, which is the largest id in the component.
+3. `_flatten_kernel`: every voxel climbs to its root, which is the largest id in the component. Each block also
+   counts its roots, from which they are numbered (numbering.py).
 
 Uniting, by all programs at once and without locks: of two nodes the lower one climbs, until they meet or it is a root
 `low`. Then `old = atomic_max(parent of low, high)` hangs it under the other node. If another program was faster, low
@@ -19,8 +20,8 @@ stale, yet both only ever name an ancestor; it is the first parent a root gets t
 by the value which the atomic returns.
 
 Backward: none, ids are constants. Deterministic: the largest id of a component does not depend on who unites first.
-Bytes a voxel: 1 read and 4 written for the nodes, 1/8 written and about 2 read (14/8) for the cells, 4 read and 4
-written to flatten, besides the climbing, which only foreground does.
+Bytes a voxel: 1 read and 4 written for the nodes, 1/8 written and about 2 read (14/8) for the cells, 4 read to flatten;
+foreground also climbs and has 4 written.
 """
 
 import torch
@@ -29,14 +30,13 @@ import triton.language as tl
 from torch import Tensor
 
 from .blocks import block_size, coordinates
-from .numbering import number
+from .numbering import blocks_of, number, number_components
 from .propagation import propagate
 
 NODES_BLOCK = 128
 # One lane a thread: where a block has fewer lanes than threads, a value-returning atomic in a loop can repeat for ever;
 # with many more it takes over 200 registers. One warp, so that no lane waits at a barrier for another warp.
 MERGE_BLOCK, MERGE_WARPS = 32, 1
-FLATTEN_BLOCK = 256
 
 
 @triton.jit
@@ -144,11 +144,13 @@ def _merge_kernel(
 @triton.jit
 def _flatten_kernel(
     ids_ptr,  # (B, V) int32
+    roots_ptr,  # (B, programs) int32
     V,
     BLOCK: tl.constexpr,
 ):
     voxel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    ids_ptr += tl.program_id(1).to(tl.int64) * V
+    sample = tl.program_id(1).to(tl.int64)
+    ids_ptr += sample * V
     node = tl.load(ids_ptr + voxel, mask=voxel < V, other=0)
     climbing = node > 0
     while tl.max(climbing.to(tl.int32), axis=0) > 0:
@@ -156,22 +158,24 @@ def _flatten_kernel(
         climbing = climbing & (parent != node)
         node = tl.where(climbing, parent, node)
     tl.store(ids_ptr + voxel, node, mask=node > 0)
+    is_root = node == voxel + 1
+    tl.store(roots_ptr + sample * tl.num_programs(0) + tl.program_id(0), tl.sum(is_root.to(tl.int32), axis=0))
 
 
-def launch_components(mask: Tensor, num_iterations: int) -> Tensor:
-    """Ids of the components of `mask` (B, D, H, W) bool; with `num_iterations` > 0, of that many rounds of pooling."""
-    if num_iterations > 0:
-        return propagate(mask, num_iterations)
-    ids = torch.empty(mask.shape, dtype=torch.int32, device=mask.device)
-    if ids.numel() == 0:
-        return ids
+def _label(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Ids of the components of `mask` (B, D, H, W) bool, and the number of roots in each block, (B, programs) int32."""
     batch, depth, height, width = mask.shape
+    ids = torch.empty(mask.shape, dtype=torch.int32, device=mask.device)
+    flatten_block, programs = blocks_of(ids)
+    roots = ids.new_empty((batch, programs))
+    if ids.numel() == 0:
+        return ids, roots
     cells = torch.empty(
         (batch, triton.cdiv(depth, 2) * triton.cdiv(height, 2) * triton.cdiv(width, 2)),
         dtype=torch.uint8,
         device=mask.device,
     )
-    num_cells, num_voxels = cells.shape[1], depth * height * width
+    num_cells = cells.shape[1]
     block = block_size(num_cells, NODES_BLOCK)
     _nodes_kernel[(triton.cdiv(num_cells, block), batch)](mask, ids, cells, depth, height, width, num_cells, block)
     block = block_size(num_cells, MERGE_BLOCK)
@@ -179,16 +183,22 @@ def launch_components(mask: Tensor, num_iterations: int) -> Tensor:
     _merge_kernel[(triton.cdiv(num_cells, block), batch)](
         ids, cells, depth, height, width, num_cells, last, block, num_warps=MERGE_WARPS
     )
-    block = block_size(num_voxels, FLATTEN_BLOCK)
-    _flatten_kernel[(triton.cdiv(num_voxels, block), batch)](ids, num_voxels, block)
-    return ids
+    _flatten_kernel[(programs, batch)](ids, roots, depth * height * width, flatten_block)
+    return ids, roots
+
+
+def launch_components(mask: Tensor, num_iterations: int) -> Tensor:
+    """Ids of the components of `mask` (B, D, H, W) bool; with `num_iterations` > 0, of that many rounds of pooling."""
+    return propagate(mask, num_iterations) if num_iterations > 0 else _label(mask)[0]
 
 
 def launch_find_instances(
     mask: Tensor, num_iterations: int, min_size: int, capacity: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Row map, counts and geometry of the components of `mask` with more than `min_size` voxels."""
-    return number(launch_components(mask, num_iterations), min_size, capacity)
+    if num_iterations > 0 or min_size > 0:
+        return number(launch_components(mask, num_iterations), min_size, capacity)
+    return number_components(*_label(mask), capacity)
 
 
 def launch_number_instances(ids: Tensor, min_size: int, capacity: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,17 +1,38 @@
 """From ids to instances: rows 1..n in the order of the ids, and one line of geometry for each.
 
-1. `_tally_kernel`: how many voxels each id has, in a table by id (an id is at most the number of voxels). Without a
-   smallest size it is enough to know that there is one, a plain store.
-2. A running count of the tallies that are large enough (`torch.cumsum`) gives each id its row.
-3. `_begin_kernel`: the number of instances of each sample, and their lines as they are before any voxel is added.
-4. `_geometry_kernel`: each voxel looks its row up, and the block adds up size, coordinates and bounds of the
-   instances in it.
+Ids are ranked by their *names*, a volume that is looked up by id: the place of id i is that of voxel i - 1. There
+stands the id itself if it is used, 0 if not; once the id has a row, minus that row.
+
+After union-find the ids are their own names. A component has the id of its last voxel, its *root*: that voxel holds its
+own id, and no other voxel does. How many roots each block has is known from finding them (components.py).
+
+Other ids have no such voxel. After rounds of pooling, voxel i - 1 may hold a larger id than i; given ids are only
+numbers; and ids of too few voxels are not used. For these, two kernels fill a volume of names:
+
+- `_tally_kernel`: how many voxels each id has. Without a smallest size it is enough to know that there is one, a plain
+  store.
+- `_count_kernel`: an id of enough voxels becomes a name, any other 0; and how many names each block has.
+
+The rest is the same for both:
+
+1. A running count of the names of all blocks (`torch.cumsum`) says with which row each block begins.
+2. `_rank_kernel`: the names of a block get their rows. The lines of these rows become what they are before any voxel is
+   added, and the last block of a sample writes how many instances that has.
+3. `_geometry_kernel`: each voxel looks its row up and writes it over its id; the block adds up size, coordinates and
+   bounds of the instances in it.
+
+Where ids are their own names, programs write rows over them while others look names up. They look up nothing but
+roots, and a root holds minus its row until its own lane writes, and the row from then on: the absolute value is the row
+in both cases. Nor can a lane take a row for an id: no other lane writes to its voxel, which it reads once, before it
+writes. What it reads there is an id if positive, and minus its row, at a root, if negative.
 
 A large instance is one address, on which atomics of single voxels would queue. So a block first adds up by itself:
 while lanes remain, take the largest key, reduce its lanes, send one scalar atomic for each number, drop those lanes.
 
-Backward: none. Deterministic: integers only. Bytes a voxel: 4 + 4 read and 4 written besides the table by id, which
-is 4 zeroed, 4 + 4 counted, and is looked up by foreground only.
+Backward: none. Deterministic: integers only, and the row of an id depends on nothing but which ids are used. Bytes a
+voxel after union-find: 4 read, and again in blocks with a root; foreground also looks its name up and has 4 written.
+For other ids, besides: 4 zeroed and 4 + 4 read. Memory: the row map takes that of the ids; two numbers a block; and 4
+bytes a voxel for a volume of names where there is one.
 """
 
 import torch
@@ -20,17 +41,17 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import ops
-from .blocks import block_size, coordinates, table_programs
+from .blocks import block_size, coordinates
 
 COLUMNS: tl.constexpr = tl.constexpr(ops.GEOMETRY_COLUMNS)
 SIZE: tl.constexpr = tl.constexpr(ops.SIZE)
 COORDINATE_SUMS: tl.constexpr = tl.constexpr(ops.COORDINATE_SUMS.start)
 LOWS: tl.constexpr = tl.constexpr(ops.LOWS.start)
 HIGHS: tl.constexpr = tl.constexpr(ops.HIGHS.start)
-# One warp reduces without barriers; 8 voxels a thread share the cost of the loop.
+# One warp reduces without barriers; 8 voxels a thread share the cost of the loop. Never more threads than lanes: of two
+# threads on one lane, the second could read what the first has written over a name.
 REDUCE_BLOCK, REDUCE_WARPS = 256, 1
 FARTHEST: tl.constexpr = tl.constexpr(2**31 - 1)
-ROWS_BLOCK = 128
 
 
 @triton.jit
@@ -47,7 +68,7 @@ def _add_axis(row_ptr, position, here, AXIS: tl.constexpr):
 @triton.jit
 def _tally_kernel(
     ids_ptr,  # (B, V) int32
-    tallies_ptr,  # (B, V) int32
+    tallies_ptr,  # (B, V) int32, zeros: voxels of each id
     V,
     COUNTING: tl.constexpr,  # False: only whether an id is there
     BLOCK: tl.constexpr,
@@ -67,52 +88,70 @@ def _tally_kernel(
 
 
 @triton.jit
-def _begin_kernel(
-    ranks_ptr,  # (B, V) int32: large enough ids up to this one, those of earlier samples included
+def _count_kernel(
+    names_ptr,  # (B, V) int32: voxels of each id, which become the id if they are enough, or 0
+    parts_ptr,  # (B, programs) int32: names in each block
+    V,
+    min_size,
+    BLOCK: tl.constexpr,
+):
+    voxel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    sample = tl.program_id(1).to(tl.int64)
+    names_ptr += sample * V
+    tally = tl.load(names_ptr + voxel, mask=voxel < V, other=0)
+    enough = tally > min_size
+    tl.store(names_ptr + voxel, tl.where(enough, voxel + 1, 0), mask=tally > 0)
+    tl.store(parts_ptr + sample * tl.num_programs(0) + tl.program_id(0), tl.sum(enough.to(tl.int32), axis=0))
+
+
+@triton.jit
+def _rank_kernel(
+    names_ptr,  # (B, V) int32: each id that is used, in its place, which becomes minus its row
+    ends_ptr,  # (B, programs) int32: names up to the end of each block, those of earlier samples included
     counts_ptr,  # (B,) int32
     geometry_ptr,  # (B, capacity, 10) int64
     V,
     capacity,
     BLOCK: tl.constexpr,
 ):
-    sample = tl.program_id(1).to(tl.int64)
-    ranks_ptr += (sample + 1) * V - 1
-    count = tl.load(ranks_ptr) - tl.load(ranks_ptr - V, mask=sample > 0, other=0)
-    if tl.program_id(0) == 0:
-        tl.store(counts_ptr + sample, count)
-    rows = tl.minimum(count, capacity)
-    for first in range(tl.program_id(0) * BLOCK, rows, tl.num_programs(0) * BLOCK):
-        row = first + tl.arange(0, BLOCK)
-        row_ptr = geometry_ptr + (sample * capacity + row) * COLUMNS
+    program, sample = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    ends_ptr += sample * tl.num_programs(0)
+    earlier = tl.load(ends_ptr - 1, mask=sample > 0, other=0)
+    before = tl.load(ends_ptr + program - 1, mask=sample + program > 0, other=0) - earlier
+    end = tl.load(ends_ptr + program) - earlier
+    if program == tl.num_programs(0) - 1:
+        tl.store(counts_ptr + sample, end)
+    if end > before:  # most blocks have no name, and so nothing to read
+        voxel = program * BLOCK + tl.arange(0, BLOCK)
+        names_ptr += sample * V
+        used = tl.load(names_ptr + voxel, mask=voxel < V, other=0) == voxel + 1
+        row = before + tl.cumsum(used.to(tl.int32), axis=0)
+        tl.store(names_ptr + voxel, -row, mask=used)
+        row_ptr = geometry_ptr + (sample * capacity + row - 1) * COLUMNS
+        in_table = used & (row <= capacity)
         for column in tl.static_range(COLUMNS):
             start = FARTHEST if (column >= LOWS) & (column < HIGHS) else (-1 if column >= HIGHS else 0)
-            tl.store(row_ptr + column, tl.full((BLOCK,), start, tl.int64), mask=row < rows)
+            tl.store(row_ptr + column, tl.full((BLOCK,), start, tl.int64), mask=in_table)
 
 
 @triton.jit
 def _geometry_kernel(
-    ids_ptr,  # (B, V) int32
-    tallies_ptr,  # (B, V) int32
-    ranks_ptr,  # (B, V) int32: large enough ids up to this one, those of earlier samples included
-    rows_ptr,  # (B, V) int32
+    ids_ptr,  # (B, V) int32, which become rows
+    names_ptr,  # (B, V) int32, perhaps the same volume: minus the row of each id, or 0
     geometry_ptr,  # (B, capacity, 10) int64
     V,
     H,
     W,
-    min_size,
     capacity,
     BLOCK: tl.constexpr,
 ):
     voxel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     sample = tl.program_id(1).to(tl.int64)
-    start = sample * V
-    id = tl.load(ids_ptr + start + voxel, mask=voxel < V, other=0)
-    tally = tl.load(tallies_ptr + start - 1 + id, mask=id > 0, other=0)
-    enough = (id > 0) & (tally > min_size)
-    earlier = tl.load(ranks_ptr + start - 1, mask=sample > 0, other=0)
-    row = tl.load(ranks_ptr + start - 1 + id, mask=enough, other=0) - earlier
-    row = tl.where(enough, row, 0)
-    tl.store(rows_ptr + start + voxel, row, mask=voxel < V)
+    ids_ptr += sample * V
+    id = tl.load(ids_ptr + voxel, mask=voxel < V, other=0)
+    found = tl.load(names_ptr + sample * V - 1 + id, mask=id > 0, other=0)
+    row = tl.where(id > 0, tl.abs(found), -id)  # negative: a root, which holds minus its row
+    tl.store(ids_ptr + voxel, row, mask=id != 0)
 
     z, y, x = coordinates(voxel, H, W)
     row = tl.where(row <= capacity, row, 0)  # more than the caller promised: not in the table
@@ -127,30 +166,46 @@ def _geometry_kernel(
         row = tl.where(here, 0, row)
 
 
+def blocks_of(ids: Tensor) -> tuple[int, int]:
+    """Lanes of a program and programs a sample: the blocks in which names are counted and ranked."""
+    num_voxels = ids.shape[1:].numel()
+    block = block_size(num_voxels, REDUCE_BLOCK)
+    return block, triton.cdiv(num_voxels, block)
+
+
 def number(ids: Tensor, min_size: int, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Row map, counts and geometry of `ids` (B, D, H, W) int32, which are 0 or 1..V.
+    """Row map, counts and geometry of `ids` (B, D, H, W) int32, which are 0 or 1..V; the row map is written over them.
 
     Ids of `min_size` voxels or fewer become background. The caller promises at most `capacity` others in a sample.
     """
+    batch, num_voxels = ids.shape[0], ids.shape[1:].numel()
+    block, programs = blocks_of(ids)
+    names = torch.zeros_like(ids)
+    parts = ids.new_empty((batch, programs))
+    if ids.numel() > 0:
+        _tally_kernel[programs, batch](ids, names, num_voxels, min_size > 0, block, num_warps=REDUCE_WARPS)
+        _count_kernel[programs, batch](names, parts, num_voxels, min_size, block, num_warps=REDUCE_WARPS)
+    return _rank_and_measure(ids, names, parts, capacity)
+
+
+def number_components(ids: Tensor, roots: Tensor, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The same of ids of union-find, of which all are used; `roots` (B, programs) int32 counts them in each block."""
+    return _rank_and_measure(ids, ids, roots, capacity)
+
+
+def _rank_and_measure(ids: Tensor, names: Tensor, parts: Tensor, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The same of ids and their names, whose places are used up; `parts` (B, programs) int32 counts them by block."""
     batch, depth, height, width = ids.shape
-    num_voxels = depth * height * width
-    rows = torch.empty_like(ids)
     counts = torch.empty(batch, dtype=torch.int32, device=ids.device)
     geometry = torch.empty((batch, capacity, ops.GEOMETRY_COLUMNS), dtype=torch.int64, device=ids.device)
     if ids.numel() == 0:
-        return rows, counts.zero_(), geometry
-    block = block_size(num_voxels, REDUCE_BLOCK)
-    grid = (triton.cdiv(num_voxels, block), batch)
-    tallies = torch.zeros_like(ids)
-    _tally_kernel[grid](ids, tallies, num_voxels, min_size > 0, block, num_warps=REDUCE_WARPS)
+        return ids, counts.zero_(), geometry
+    num_voxels = depth * height * width
+    block, programs = blocks_of(ids)
     # One flat cumsum: along the last axis of a few long rows, torch's runs on a few threads.
-    ranks = (tallies > min_size).flatten().cumsum(0, dtype=torch.int32)
-    block_of_rows = block_size(capacity, ROWS_BLOCK)
-    _begin_kernel[(table_programs(triton.cdiv(capacity, block_of_rows)), batch)](
-        ranks, counts, geometry, num_voxels, capacity, block_of_rows
+    ends = parts.flatten().cumsum(0, dtype=torch.int32)
+    _rank_kernel[programs, batch](names, ends, counts, geometry, num_voxels, capacity, block, num_warps=REDUCE_WARPS)
+    _geometry_kernel[programs, batch](
+        ids, names, geometry, num_voxels, height, width, capacity, block, num_warps=REDUCE_WARPS
     )
-    _geometry_kernel[grid](
-        ids, tallies, ranks, rows, geometry,
-        num_voxels, height, width, min_size, capacity, block, num_warps=REDUCE_WARPS,
-    )  # fmt: skip
-    return rows, counts, geometry
+    return ids, counts, geometry
