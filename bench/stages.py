@@ -8,6 +8,8 @@ Stages: find (activate, sums of the pixel term, label, number and measure instan
 - bytes a voxel: the sizes of all tensors that each of these takes and gives, once. Tables count in full, though most of
   their rows are not touched.
 - time: of the backend that the device uses, and its share.
+
+And of the step as a whole the most memory that it holds at once, beyond its inputs; the gradient counts.
 """
 
 import argparse
@@ -52,6 +54,8 @@ SILENT = (
     "lift_fresh",
 )
 COUNTED_SIDE = 32
+# Large enough that tables have as few rows a voxel as those of a patch.
+HELD_SIDE = 64
 ROUNDS = 20
 
 Begin = Callable[[str], None]
@@ -164,6 +168,23 @@ def count(inputs: Inputs) -> dict[str, Counts]:
     return counting.stages
 
 
+def held(inputs: Inputs) -> float:
+    """The most bytes a voxel that torch's tensors in a step of the Triton backend take at once, beyond the inputs."""
+
+    def run() -> None:
+        step(inputs, lambda name: None)
+
+    with mock.patch.dict(os.environ, {ops.BACKEND_VARIABLE: "triton"}):
+        run()  # torch and the kernels set themselves up
+        if inputs.outputs.device.type == "cuda":
+            return (measure.peak_bytes(run, inputs.outputs.device) or 0) / inputs.outputs.numel()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+            run()
+    events: Any = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
+    changes = sorted((event for event in events if event.name() == "[memory]"), key=lambda event: event.start_ns())
+    return max(itertools.accumulate(event.nbytes() for event in changes)) / inputs.outputs.numel()
+
+
 def clock(inputs: Inputs, rounds: int = ROUNDS) -> dict[str, list[float]]:
     """20th, 50th and 80th percentile of the milliseconds of each stage."""
     cuda = inputs.outputs.device.type == "cuda"
@@ -195,7 +216,12 @@ def clock(inputs: Inputs, rounds: int = ROUNDS) -> dict[str, list[float]]:
 
 
 def table(
-    device: torch.device, side: int, batch: int, rounds: int = ROUNDS, counted_side: int = COUNTED_SIDE
+    device: torch.device,
+    side: int,
+    batch: int,
+    rounds: int = ROUNDS,
+    counted_side: int = COUNTED_SIDE,
+    held_side: int = HELD_SIDE,
 ) -> list[Row]:
     """One row a stage."""
     shape = (batch, 1, side, side, side)
@@ -203,6 +229,7 @@ def table(
     counted = inputs if device.type == "cuda" else lesions((batch, 1, *(counted_side,) * 3), SEED)
     voxels = counted.outputs.numel()
     counts, times = count(counted), clock(inputs, rounds)
+    most = held(inputs if device.type == "cuda" else lesions((batch, 1, *(held_side,) * 3), SEED))
     whole = sum(middle for _, middle, _ in times.values())
     return [
         {
@@ -213,6 +240,7 @@ def table(
             "torch_operations": dict(counts[name].torch_operations),
             "launches": counts[name].kernels.total() + counts[name].torch_operations.total(),
             "bytes_per_voxel": round(counts[name].bytes / voxels, 1),
+            "held_bytes_per_voxel": round(most, 1),
             "median_ms": times[name][1],
             "p20_ms": times[name][0],
             "p80_ms": times[name][2],
@@ -234,6 +262,7 @@ def show(rows: list[Row]) -> None:
     launches, ours = sum(row["launches"] for row in rows), sum(sum(row["kernels"].values()) for row in rows)
     moved, spent = sum(row["bytes_per_voxel"] for row in rows), sum(row["median_ms"] for row in rows)
     print(f"{'together':10} {ours:11} {launches - ours:6} {moved:12.1f} {spent:9.3f}")
+    print(f"most memory held at once: {rows[0]['held_bytes_per_voxel']} bytes a voxel, gradient included, inputs not")
 
 
 def profile(inputs: Inputs) -> str:

@@ -211,7 +211,7 @@ def test_no_such_checkout(tmp_path):
 
 def test_stages_are_counted():
     pytest.importorskip("triton")
-    rows = {row["stage"]: row for row in stages.table(CPU.device, 12, 1, rounds=1, counted_side=10)}
+    rows = {row["stage"]: row for row in stages.table(CPU.device, 12, 1, rounds=1, counted_side=10, held_side=10)}
     assert tuple(rows) == stages.STAGES
     assert rows["find"]["kernels"]["_activate_kernel"] == 1
     assert sum(rows["find"]["kernels"].values()) >= 4
@@ -228,7 +228,7 @@ def test_pictures(tmp_path):
     run.main(
         ["--entry", "labelling", "--case", "1 %", "--tiny", "--device", "cpu", "--seconds", "0", "--out", str(out)]
     )
-    stored = [{**row, **measure.surroundings(CPU.device)} for row in stages.table(CPU.device, 12, 1, 1, 10)]
+    stored = [{**row, **measure.surroundings(CPU.device)} for row in stages.table(CPU.device, 12, 1, 1, 10, 10)]
     run.store(stored, out)
     plot.main([str(out), "--out", str(tmp_path)])
     assert {path.name for path in tmp_path.glob("*.png")} == {"speed.png", "stages.png", "memory.png"}
@@ -274,6 +274,7 @@ def test_launches_and_bytes_do_not_grow():
         most = ceiling[row["stage"]]
         assert row["launches"] <= most["launches"], row["stage"]
         assert row["bytes_per_voxel"] <= most["bytes_per_voxel"] + 0.1, row["stage"]
+        assert row["held_bytes_per_voxel"] <= min(24, most["held_bytes_per_voxel"] + 0.1)
 
 
 def test_the_readme_quotes_the_stored_rows():

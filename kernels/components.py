@@ -192,13 +192,20 @@ def launch_components(mask: Tensor, num_iterations: int) -> Tensor:
     return propagate(mask, num_iterations) if num_iterations > 0 else _label(mask)[0]
 
 
+def find_instances(
+    mask: Tensor, num_iterations: int, min_size: int, capacity: int, rest_sizes: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Row map, counts and geometry of the components of `mask` with more than `min_size` voxels; see `number`."""
+    if num_iterations > 0 or min_size > 0:
+        return number(launch_components(mask, num_iterations), min_size, capacity, rest_sizes)
+    return number_components(*_label(mask), capacity, rest_sizes)
+
+
 def launch_find_instances(
     mask: Tensor, num_iterations: int, min_size: int, capacity: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Row map, counts and geometry of the components of `mask` with more than `min_size` voxels."""
-    if num_iterations > 0 or min_size > 0:
-        return number(launch_components(mask, num_iterations), min_size, capacity)
-    return number_components(*_label(mask), capacity)
+    return find_instances(mask, num_iterations, min_size, capacity)
 
 
 def launch_number_instances(ids: Tensor, min_size: int, capacity: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -19,7 +19,7 @@ The rest is the same for both:
 2. `_rank_kernel`: the names of a block get their rows. The lines of these rows become what they are before any voxel is
    added, and the last block of a sample writes how many instances that has.
 3. `_geometry_kernel`: each voxel looks its row up and writes it over its id; the block adds up size, coordinates and
-   bounds of the instances in it.
+   bounds of the instances in it. Rows beyond the table have a place in a narrow one for their sizes, if there is room.
 
 Where ids are their own names, programs write rows over them while others look names up. They look up nothing but
 roots, and a root holds minus its row until its own lane writes, and the row from then on: the absolute value is the row
@@ -63,6 +63,12 @@ def _add_axis(row_ptr, position, here, AXIS: tl.constexpr):
     tl.atomic_add(row_ptr + COORDINATE_SUMS + AXIS, total, sem="relaxed")
     tl.atomic_min(row_ptr + LOWS + AXIS, low, sem="relaxed")
     tl.atomic_max(row_ptr + HIGHS + AXIS, high, sem="relaxed")
+
+
+@triton.jit
+def _room(sample, capacity, rest_samples, rest):
+    """How many rows of a sample there is any room for."""
+    return capacity + tl.where(sample < rest_samples, rest, 0)
 
 
 @triton.jit
@@ -110,8 +116,11 @@ def _rank_kernel(
     ends_ptr,  # (B, programs) int32: names up to the end of each block, those of earlier samples included
     counts_ptr,  # (B,) int32
     geometry_ptr,  # (B, capacity, 10) int64
+    rest_sizes_ptr,  # (B', rest) int32, of the first B' samples
     V,
     capacity,
+    rest_samples,
+    rest,
     BLOCK: tl.constexpr,
 ):
     program, sample = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -132,6 +141,8 @@ def _rank_kernel(
         for column in tl.static_range(COLUMNS):
             start = FARTHEST if (column >= LOWS) & (column < HIGHS) else (-1 if column >= HIGHS else 0)
             tl.store(row_ptr + column, tl.full((BLOCK,), start, tl.int64), mask=in_table)
+        in_rest = used & (row > capacity) & (row <= _room(sample, capacity, rest_samples, rest))
+        tl.store(rest_sizes_ptr + sample * rest + row - capacity - 1, tl.zeros_like(row), mask=in_rest)
 
 
 @triton.jit
@@ -139,10 +150,13 @@ def _geometry_kernel(
     ids_ptr,  # (B, V) int32, which become rows
     names_ptr,  # (B, V) int32, perhaps the same volume: minus the row of each id, or 0
     geometry_ptr,  # (B, capacity, 10) int64
+    rest_sizes_ptr,  # (B', rest) int32, of the first B' samples
     V,
     H,
     W,
     capacity,
+    rest_samples,
+    rest,
     BLOCK: tl.constexpr,
 ):
     voxel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -154,15 +168,19 @@ def _geometry_kernel(
     tl.store(ids_ptr + voxel, row, mask=id != 0)
 
     z, y, x = coordinates(voxel, H, W)
-    row = tl.where(row <= capacity, row, 0)  # more than the caller promised: not in the table
+    row = tl.where(row <= _room(sample, capacity, rest_samples, rest), row, 0)  # more than promised: nowhere
     while tl.max(row, axis=0) > 0:
         largest = tl.max(row, axis=0)
         here = row == largest
-        row_ptr = geometry_ptr + (sample * capacity + largest - 1) * COLUMNS
-        tl.atomic_add(row_ptr + SIZE, tl.sum(here.to(tl.int64), axis=0), sem="relaxed")
-        _add_axis(row_ptr, z, here, 0)
-        _add_axis(row_ptr, y, here, 1)
-        _add_axis(row_ptr, x, here, 2)
+        size = tl.sum(here.to(tl.int32), axis=0)
+        if largest <= capacity:
+            row_ptr = geometry_ptr + (sample * capacity + largest - 1) * COLUMNS
+            tl.atomic_add(row_ptr + SIZE, size.to(tl.int64), sem="relaxed")
+            _add_axis(row_ptr, z, here, 0)
+            _add_axis(row_ptr, y, here, 1)
+            _add_axis(row_ptr, x, here, 2)
+        else:
+            tl.atomic_add(rest_sizes_ptr + sample * rest + largest - capacity - 1, size, sem="relaxed")
         row = tl.where(here, 0, row)
 
 
@@ -173,10 +191,13 @@ def blocks_of(ids: Tensor) -> tuple[int, int]:
     return block, triton.cdiv(num_voxels, block)
 
 
-def number(ids: Tensor, min_size: int, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
+def number(
+    ids: Tensor, min_size: int, capacity: int, rest_sizes: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Row map, counts and geometry of `ids` (B, D, H, W) int32, which are 0 or 1..V; the row map is written over them.
 
-    Ids of `min_size` voxels or fewer become background. The caller promises at most `capacity` others in a sample.
+    Ids of `min_size` voxels or fewer become background. The caller promises at most `capacity` others in a sample; in
+    the first samples there may be more, as far as `rest_sizes` (B', rest) int32 has room for their sizes.
     """
     batch, num_voxels = ids.shape[0], ids.shape[1:].numel()
     block, programs = blocks_of(ids)
@@ -185,27 +206,37 @@ def number(ids: Tensor, min_size: int, capacity: int) -> tuple[Tensor, Tensor, T
     if ids.numel() > 0:
         _tally_kernel[programs, batch](ids, names, num_voxels, min_size > 0, block, num_warps=REDUCE_WARPS)
         _count_kernel[programs, batch](names, parts, num_voxels, min_size, block, num_warps=REDUCE_WARPS)
-    return _rank_and_measure(ids, names, parts, capacity)
+    return _rank_and_measure(ids, names, parts, capacity, rest_sizes)
 
 
-def number_components(ids: Tensor, roots: Tensor, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
+def number_components(
+    ids: Tensor, roots: Tensor, capacity: int, rest_sizes: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """The same of ids of union-find, of which all are used; `roots` (B, programs) int32 counts them in each block."""
-    return _rank_and_measure(ids, ids, roots, capacity)
+    return _rank_and_measure(ids, ids, roots, capacity, rest_sizes)
 
 
-def _rank_and_measure(ids: Tensor, names: Tensor, parts: Tensor, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
+def _rank_and_measure(
+    ids: Tensor, names: Tensor, parts: Tensor, capacity: int, rest_sizes: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """The same of ids and their names, whose places are used up; `parts` (B, programs) int32 counts them by block."""
     batch, depth, height, width = ids.shape
     counts = torch.empty(batch, dtype=torch.int32, device=ids.device)
     geometry = torch.empty((batch, capacity, ops.GEOMETRY_COLUMNS), dtype=torch.int64, device=ids.device)
     if ids.numel() == 0:
         return ids, counts.zero_(), geometry
+    if rest_sizes is None:
+        rest_sizes = ids.new_empty((0, 0))
     num_voxels = depth * height * width
     block, programs = blocks_of(ids)
     # One flat cumsum: along the last axis of a few long rows, torch's runs on a few threads.
     ends = parts.flatten().cumsum(0, dtype=torch.int32)
-    _rank_kernel[programs, batch](names, ends, counts, geometry, num_voxels, capacity, block, num_warps=REDUCE_WARPS)
+    _rank_kernel[programs, batch](
+        names, ends, counts, geometry, rest_sizes, num_voxels, capacity, *rest_sizes.shape, block,
+        num_warps=REDUCE_WARPS,
+    )  # fmt: skip
     _geometry_kernel[programs, batch](
-        ids, names, geometry, num_voxels, height, width, capacity, block, num_warps=REDUCE_WARPS
-    )
+        ids, names, geometry, rest_sizes, num_voxels, height, width, capacity, *rest_sizes.shape, block,
+        num_warps=REDUCE_WARPS,
+    )  # fmt: skip
     return ids, counts, geometry

@@ -59,6 +59,8 @@ KEPT: tl.constexpr = tl.constexpr(ops.KEPT)
 LABELS: tl.constexpr = tl.constexpr(ops.LABELS)
 GRADIENT_COLUMNS: tl.constexpr = tl.constexpr(ops.GRADIENT_COLUMNS)
 SAMPLE_GRADIENT_COLUMNS: tl.constexpr = tl.constexpr(ops.SAMPLE_GRADIENT_COLUMNS)
+WHOLE_GRADIENT_COLUMNS: tl.constexpr = tl.constexpr(ops.WHOLE_GRADIENT_COLUMNS)
+BY_REST: tl.constexpr = tl.constexpr(ops.BY_REST)
 GEOMETRY_COLUMNS: tl.constexpr = tl.constexpr(ops.GEOMETRY_COLUMNS)
 SIZE: tl.constexpr = tl.constexpr(ops.SIZE)
 # One warp, for two reasons: it reduces without barriers, and all its threads see one slot of the hash table alike.
@@ -85,8 +87,10 @@ def _clear_kernel(
     sums_ptr,  # (2 B, capacity, 5) float64
     excess_ptr,  # (B, capacity) float64
     pairs_ptr,  # (B, slots) int64
+    touched_ptr,  # (B, rest) bool
     capacity,
     slots,
+    rest,
     BLOCK: tl.constexpr,
 ):
     sample = tl.program_id(1).to(tl.int64)
@@ -105,6 +109,10 @@ def _clear_kernel(
     for first in range(start, slots, step):
         slot = first + tl.arange(0, BLOCK)
         tl.store(pairs_ptr + sample * slots + slot, tl.zeros((BLOCK,), tl.int64), mask=slot < slots)
+    beyond = tl.load(counts_ptr + OUTPUTS * B + sample) - capacity
+    for first in range(start, tl.minimum(beyond, rest), step):
+        row = first + tl.arange(0, BLOCK)
+        tl.store(touched_ptr + sample * rest + row, tl.zeros((BLOCK,), tl.int1), mask=row < rest)
 
 
 @triton.jit
@@ -126,32 +134,37 @@ def _insert_pair(pairs_ptr, out, lab, slots):
 
 @triton.jit
 def _sum_instances_kernel(
-    a_ptr,  # (B, V) bool, float32 or float64
-    y_ptr,  # (B, V) bool
-    out_rows_ptr,  # (B, V) int32
-    lab_rows_ptr,  # (B, V) int32
+    x_ptr,  # (B, V) float32 or float64
+    out_sites_ptr,  # (B, V) int32
+    lab_sites_ptr,  # (B, V) int32
     kept_ptr,  # (B,) int32
     out_sums_ptr,  # (B, capacity, 5) float64
     lab_sums_ptr,  # (B, capacity, 5) float64
     excess_ptr,  # (B, capacity) float64
     parts_ptr,  # (B, programs, 3) float64: of the sums of a sample
     pairs_ptr,  # (B, pair_capacity) int64
+    touched_ptr,  # (B, rest) bool
     V,
     capacity,
     pair_capacity,
+    rest,
     QUANTITY: tl.constexpr,
     NO_TP: tl.constexpr,
-    PRECISION: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     voxel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     sample = tl.program_id(1).to(tl.int64)
     index = sample * V + voxel
     in_volume = voxel < V
-    a = tl.load(a_ptr + index, mask=in_volume, other=0).to(PRECISION)
-    y = tl.load(y_ptr + index, mask=in_volume, other=0).to(PRECISION)
-    key = tl.load(out_rows_ptr + index, mask=in_volume, other=0).to(tl.int64) << 32
-    key = key | tl.load(lab_rows_ptr + index, mask=in_volume, other=0)
+    out_site = tl.load(out_sites_ptr + index, mask=in_volume, other=0)
+    lab_site = tl.load(lab_sites_ptr + index, mask=in_volume, other=0)
+    y = (lab_site != 0).to(tl.float32)
+    a = (out_site != 0).to(tl.float32)
+    if ACTIVATION == NONE:
+        a = tl.load(x_ptr + index, mask=in_volume, other=0)
+        y = y.to(a.dtype)
+    key = (tl.maximum(out_site, 0).to(tl.int64) << 32) | tl.maximum(lab_site, 0)
     kept = tl.load(kept_ptr + sample)
 
     parts_ptr += (sample * tl.num_programs(0) + tl.program_id(0)) * SAMPLE_COLUMNS
@@ -177,6 +190,8 @@ def _sum_instances_kernel(
             if lab > 0:
                 tl.atomic_add(row_ptr + INTERSECTION, mass, sem="relaxed")
                 tl.atomic_add(row_ptr + OVERLAP, count, sem="relaxed")
+        elif (out > capacity) & (out <= capacity + rest) & (lab > 0):
+            tl.store(touched_ptr + sample * rest + out - capacity - 1, True)
         if (lab > 0) & (lab <= capacity):
             row_ptr = lab_sums_ptr + (sample * capacity + lab - 1) * COLUMNS
             tl.atomic_add(row_ptr + MASS, mass, sem="relaxed")
@@ -195,18 +210,19 @@ def _sum_instances_backward_kernel(
     grad_out_sums_ptr,  # (B, capacity, 3) float64
     grad_lab_sums_ptr,  # (B, capacity, 3) float64
     grad_excess_ptr,  # (B, capacity) float64
-    grad_sample_sums_ptr,  # (B, 2) float64
+    grad_sample_sums_ptr,  # (B, 3) float64
     grad_pixel_sums_ptr,  # (B, 2) float64
     x_ptr,  # (B, V) float32 or float64
     labels_ptr,  # (B, V) of any real dtype
-    foreground_ptr,  # (B, V) bool
-    y_ptr,  # (B, V) bool
-    out_rows_ptr,  # (B, V) int32
-    lab_rows_ptr,  # (B, V) int32
+    out_sites_ptr,  # (B, V) int32
+    lab_sites_ptr,  # (B, V) int32
+    rest_sizes_ptr,  # (B, rest) int32
+    touched_ptr,  # (B, rest) bool
     kept_ptr,  # (B,) int32
     grad_x_ptr,  # (B, V), of the dtype of x
     V,
     capacity,
+    rest,
     QUANTITY: tl.constexpr,
     NO_TP: tl.constexpr,
     ACTIVATION: tl.constexpr,
@@ -220,11 +236,10 @@ def _sum_instances_backward_kernel(
     in_volume = voxel < V
     # What is loaded and then not used, the compiler drops.
     x = tl.load(x_ptr + index, mask=in_volume, other=0)
-    y = tl.load(y_ptr + index, mask=in_volume, other=0).to(x.dtype)
-    foreground = tl.load(foreground_ptr + index, mask=in_volume, other=0)
+    out = tl.load(out_sites_ptr + index, mask=in_volume, other=0)
+    lab = tl.load(lab_sites_ptr + index, mask=in_volume, other=0)
+    foreground, y = out != 0, (lab != 0).to(x.dtype)
     a = x if ACTIVATION == NONE else foreground.to(x.dtype)
-    out = tl.load(out_rows_ptr + index, mask=in_volume, other=0)
-    lab = tl.load(lab_rows_ptr + index, mask=in_volume, other=0)
     kept = tl.load(kept_ptr + sample)
 
     in_out = (out > 0) & (out <= capacity)
@@ -248,9 +263,14 @@ def _sum_instances_backward_kernel(
     slope = slope_1 if NO_TP else slope_1 - slope_0
     grad += _times(tl.load(row_ptr + COST, mask=inside, other=0.0), slope, inside)
 
-    row_ptr = grad_sample_sums_ptr + sample * SAMPLE_GRADIENT_COLUMNS
+    row_ptr = grad_sample_sums_ptr + sample * WHOLE_GRADIENT_COLUMNS
     grad += tl.load(row_ptr) * y.to(tl.float64)
     grad += tl.load(row_ptr + 1) * phi_derivative(a, y, QUANTITY).to(tl.float64)
+    in_rest = (out > capacity) & (out <= capacity + rest)
+    row = sample * rest + out - capacity - 1
+    size = tl.load(rest_sizes_ptr + row, mask=in_rest, other=1)
+    touched = tl.load(touched_ptr + row, mask=in_rest, other=1)
+    grad += tl.where(touched, 0.0, tl.load(row_ptr + BY_REST) / size.to(tl.float64))
 
     p = probability(x, ACTIVATION)
     if PIXEL != NOT_FUSED:
@@ -334,37 +354,35 @@ def launch_sum_instances(
     quantity: int,
     no_tp: bool,
     pair_capacity: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Sums by instance and by sample, and the pairs that touch; `pair_capacity` is a power of two."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Sums by instance and by sample, pairs that touch, and the rest; `pair_capacity` is a power of two."""
     if pair_capacity < 1 or pair_capacity & (pair_capacity - 1):
         raise ValueError(f"pair_capacity must be a power of two, got {pair_capacity}.")
-    (foreground, y), (out_rows, lab_rows) = (site.chunk(2) for site in sites)
-    a = x if activation == ops.NONE else foreground
-    batch, capacity = len(x), geometry.shape[1]
-    num_voxels = a[0].numel() if batch else 0
+    batch, capacity, rest = len(x), geometry.shape[1], sites[1].shape[1]
+    num_voxels = x[0].numel() if batch else 0
     block = block_size(num_voxels, SUMS_BLOCK)
     programs = triton.cdiv(num_voxels, block)
     sizes = (2 * batch, capacity, ops.SUMS_COLUMNS), (batch, capacity), (batch, programs, ops.SAMPLE_COLUMNS)
-    sums, excess, parts = (torch.empty(size, dtype=torch.float64, device=a.device) for size in sizes)
-    sample_sums = torch.empty((batch, ops.SAMPLE_COLUMNS), dtype=torch.float64, device=a.device)
-    pairs = torch.empty((batch, pair_capacity), dtype=torch.int64, device=a.device)
+    sums, excess, parts = (torch.empty(size, dtype=torch.float64, device=x.device) for size in sizes)
+    sample_sums = torch.empty((batch, ops.SAMPLE_COLUMNS), dtype=torch.float64, device=x.device)
+    pairs = torch.empty((batch, pair_capacity), dtype=torch.int64, device=x.device)
+    touched = torch.empty((batch, rest), dtype=torch.bool, device=x.device)
     if batch > 0:
         rows_block = block_size(pair_capacity, PAIRS_BLOCK)
         _clear_kernel[(table_programs(triton.cdiv(pair_capacity, rows_block)), batch)](
-            counts, sums, excess, pairs, capacity, pair_capacity, rows_block
+            counts, sums, excess, pairs, touched, capacity, pair_capacity, rest, rows_block
         )
-        precision = tl.float64 if a.dtype == torch.float64 else tl.float32
         out_sums, lab_sums = sums.chunk(2)
         if num_voxels > 0:
             _sum_instances_kernel[(programs, batch)](
-                a, y, out_rows, lab_rows, counts[ops.KEPT], out_sums, lab_sums, excess, parts, pairs,
-                num_voxels, capacity, pair_capacity, quantity, no_tp, precision, block, num_warps=SUMS_WARPS,
+                x, *sites[0].chunk(2), counts[ops.KEPT], out_sums, lab_sums, excess, parts, pairs, touched,
+                num_voxels, capacity, pair_capacity, rest, quantity, no_tp, activation, block, num_warps=SUMS_WARPS,
             )  # fmt: skip
         _sum_neighbours_kernel[(triton.cdiv(pair_capacity, rows_block), batch)](
             pairs, geometry[batch:], excess, counts, parts, out_sums, lab_sums, sample_sums,
             programs, pair_capacity, capacity, rows_block,
         )  # fmt: skip
-    return sums, sample_sums, pairs
+    return sums, sample_sums, pairs, touched
 
 
 def launch_sum_instances_backward(
@@ -375,6 +393,7 @@ def launch_sum_instances_backward(
     labels: Tensor,
     sites: list[Tensor],
     pairs: Tensor,
+    touched: Tensor,
     counts: Tensor,
     activation: int,
     quantity: int,
@@ -393,11 +412,11 @@ def launch_sum_instances_backward(
     _sum_neighbours_backward_kernel[(triton.cdiv(slots, block), batch)](
         pairs, grad_lab_sums, grad_excess, slots, capacity, block
     )
-    (foreground, y), (out_rows, lab_rows) = (site.chunk(2) for site in sites)
     block = block_size(num_voxels, GRADIENT_BLOCK)
     _sum_instances_backward_kernel[(triton.cdiv(num_voxels, block), batch)](
         grad_out_sums, grad_lab_sums, grad_excess, grad_sample_sums, grad_pixel_sums,
-        x, labels, foreground, y, out_rows, lab_rows, counts[ops.KEPT], grad_x, num_voxels, capacity,
+        x, labels, *sites[0].chunk(2), sites[1], touched, counts[ops.KEPT], grad_x, num_voxels, capacity,
+        touched.shape[1],
         quantity, no_tp, activation, pixel, pixel_quantity if pixel != ops.NOT_FUSED else 0, block,
     )  # fmt: skip
     return grad_x

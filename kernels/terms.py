@@ -42,6 +42,8 @@ TOUCHED: tl.constexpr = tl.constexpr(ops.TOUCHED)
 OVERLAP: tl.constexpr = tl.constexpr(ops.OVERLAP)
 GRADIENT_COLUMNS: tl.constexpr = tl.constexpr(ops.GRADIENT_COLUMNS)
 SAMPLE_GRADIENT_COLUMNS: tl.constexpr = tl.constexpr(ops.SAMPLE_GRADIENT_COLUMNS)
+WHOLE_GRADIENT_COLUMNS: tl.constexpr = tl.constexpr(ops.WHOLE_GRADIENT_COLUMNS)
+BY_REST: tl.constexpr = tl.constexpr(ops.BY_REST)
 
 OUTPUTS: tl.constexpr = tl.constexpr(ops.OUTPUTS)
 KEPT: tl.constexpr = tl.constexpr(ops.KEPT)
@@ -75,6 +77,7 @@ PIXEL_BY_PREDICTION: tl.constexpr = tl.constexpr(ops.PIXEL_BY_PREDICTION)
 BY_LABEL: tl.constexpr = tl.constexpr(ops.BY_LABEL)
 BY_OUTPUT: tl.constexpr = tl.constexpr(ops.BY_OUTPUT)
 BY_DISTANCE: tl.constexpr = tl.constexpr(ops.BY_DISTANCE)
+BY_MISTAKE: tl.constexpr = tl.constexpr(ops.BY_MISTAKE)
 WHOLE_BY_INTERSECTION: tl.constexpr = tl.constexpr(ops.WHOLE_BY_INTERSECTION)
 WHOLE_BY_PREDICTION: tl.constexpr = tl.constexpr(ops.WHOLE_BY_PREDICTION)
 SAMPLE_SLOPES_COLUMNS: tl.constexpr = tl.constexpr(ops.SAMPLE_SLOPES_COLUMNS)
@@ -247,7 +250,7 @@ def _terms_kernel(
     numbers_ptr,  # (30,) float64
     terms_ptr,  # (B, 7) float64: what each sample adds to the terms
     slopes_ptr,  # (2 B, capacity, 5) float64
-    sample_slopes_ptr,  # (B, 7) float64
+    sample_slopes_ptr,  # (B, 8) float64
     capacity,
     classes,
     REDUCTION: tl.constexpr,
@@ -288,8 +291,9 @@ def _terms_kernel(
     tl.store(terms_ptr + CENTER, health * center / B)
 
     out_share, lab_share = _share(numbers_ptr, num_outputs, B, RATES), _share(numbers_ptr, num_labels, B, RATES)
+    rows = tl.minimum(num_outputs, capacity)
     out_total, out_weighted, correct = _add_rows(
-        sums_ptr, geometry_ptr, owned_ptr, distances_ptr, values_ptr, numbers_ptr, slopes_ptr, out, num_outputs, kept,
+        sums_ptr, geometry_ptr, owned_ptr, distances_ptr, values_ptr, numbers_ptr, slopes_ptr, out, rows, kept,
         whole, health * out_share, health * by_inside / B, health * by_outside / B, True, BLOCK,
     )  # fmt: skip
     lab_total, lab_weighted, detected = _add_rows(
@@ -297,6 +301,7 @@ def _terms_kernel(
         whole, -health * lab_share, whole, whole, False, BLOCK,
     )  # fmt: skip
     tl.store(terms_ptr + FALSE_INSTANCES, health * out_share * (num_outputs - correct))
+    tl.store(sample_slopes_ptr + BY_MISTAKE, health * out_share)
     tl.store(terms_ptr + MISSED_INSTANCES, health * lab_share * (num_labels - detected))
     by_output = health * _weight(counts_ptr + KEPT * B, totals_ptr, sample, kept, B, classes, REDUCTION)
     label_totals_ptr = None if totals_ptr is None else totals_ptr + classes
@@ -318,10 +323,10 @@ def _terms_kernel(
 def _terms_backward_kernel(
     grad_terms_ptr,  # (7,) float64
     slopes_ptr,  # (2 B, capacity, 5) float64
-    sample_slopes_ptr,  # (B, 7) float64
+    sample_slopes_ptr,  # (B, 8) float64
     counts_ptr,  # (3, B) int32
     grad_sums_ptr,  # (2 B, capacity, 3) float64
-    grad_sample_sums_ptr,  # (B, 2) float64
+    grad_sample_sums_ptr,  # (B, 3) float64
     grad_pixel_sums_ptr,  # (B, 2) float64
     capacity,
     MASSES: tl.constexpr,
@@ -347,9 +352,10 @@ def _terms_backward_kernel(
         start = (side * B + sample) * capacity
         if used == 0:  # row 0 is the whole sample
             by_whole += by_value + by_near * tl.load(slopes_ptr + start * SLOPES_COLUMNS + DISTANCE)
-        for first in range(tl.program_id(0) * BLOCK, count, tl.num_programs(0) * BLOCK):
+        rows = tl.minimum(count, capacity)
+        for first in range(tl.program_id(0) * BLOCK, rows, tl.num_programs(0) * BLOCK):
             row = first + tl.arange(0, BLOCK)
-            here = row < count
+            here = row < rows
             row_ptr = slopes_ptr + (start + row) * SLOPES_COLUMNS
             mass = tl.zeros((BLOCK,), tl.float64)
             intersection = tl.zeros((BLOCK,), tl.float64)
@@ -366,9 +372,13 @@ def _terms_backward_kernel(
             tl.store(row_ptr + INTERSECTION, intersection, mask=here)
             tl.store(row_ptr + COST, cost, mask=here)
     if tl.program_id(0) == 0:
-        row_ptr = grad_sample_sums_ptr + sample * SAMPLE_GRADIENT_COLUMNS
+        row_ptr = grad_sample_sums_ptr + sample * WHOLE_GRADIENT_COLUMNS
         if not VALUES:
             by_whole = by_distance * 0.0
+        by_mistake = by_distance * 0.0
+        if MASSES:
+            by_mistake = tl.load(grad_terms_ptr + FALSE_INSTANCES) * tl.load(sample_slopes_ptr + BY_MISTAKE)
+        tl.store(row_ptr + BY_REST, by_mistake)
         tl.store(row_ptr, by_whole * tl.load(sample_slopes_ptr + WHOLE_BY_INTERSECTION))
         tl.store(row_ptr + 1, by_whole * tl.load(sample_slopes_ptr + WHOLE_BY_PREDICTION))
         row_ptr = grad_pixel_sums_ptr + sample * SAMPLE_GRADIENT_COLUMNS
@@ -419,7 +429,8 @@ def launch_terms_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the sums of instances and of samples, and of the sums of the pixel term."""
     (_, capacity, _), batch = slopes.shape, len(sample_slopes)
-    sizes = (2 * batch, capacity, ops.GRADIENT_COLUMNS), *((batch, ops.SAMPLE_GRADIENT_COLUMNS),) * 2
+    columns = ops.WHOLE_GRADIENT_COLUMNS, ops.SAMPLE_GRADIENT_COLUMNS
+    sizes = (2 * batch, capacity, ops.GRADIENT_COLUMNS), *((batch, number) for number in columns)
     grads = [torch.empty(size, dtype=torch.float64, device=slopes.device) for size in sizes]
     if batch > 0:
         block = block_size(capacity, ROWS_BLOCK)

@@ -104,12 +104,12 @@ def call_launchers():
         room["centers"].launch_center_overlaps(*boxes)
         room["centers"].launch_center_volumes(*boxes)
         room["proximity"].launch_proximity_minima(geometry, counts, list(shape[1:]), depth == 1)
-    sites = [torch.zeros((4, *shape[1:]), dtype=dtype) for dtype in (torch.bool, torch.int32)]
+    sites = [torch.zeros(size, dtype=torch.int32) for size in ((4, *shape[1:]), (2, 50))]
     for dtype, quantity, no_tp in SUMS:
         x = torch.zeros(shape, dtype=torch.float32 if dtype == torch.bool else dtype)
         activation = SIGMOID if dtype == torch.bool else NONE
         case = (x, sites, counts, geometry, activation, quantity, no_tp, 64)
-        *sums, pairs = room["tables"].launch_sum_instances(*case)
+        *sums, pairs, touched = room["tables"].launch_sum_instances(*case)
     per_row, health = torch.zeros((4, 20), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
     owned, numbers = torch.zeros((4, 20, 2), dtype=torch.int64), [0.0] * NUMBERS
     for given, *average in (
@@ -125,10 +125,10 @@ def call_launchers():
     for dtype, label_dtype, activation, threshold, *pixel in ACTIVATIONS:
         volumes = torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=label_dtype)
         room["instances"].launch_find(
-            *volumes, None, activation, threshold, *pixel, 0, 0, 50 * (dtype == torch.float32), 50.0, 20
+            *volumes, None, activation, threshold, *pixel, 0, 0, 50 * (dtype == torch.float32), 50.0, 20, 50
         )
         for quantity, no_tp in ((4, True), (3, False)):
-            case = (*volumes, sites, pairs, counts, activation, quantity, no_tp, *pixel)
+            case = (*volumes, sites, pairs, touched, counts, activation, quantity, no_tp, *pixel)
             room["tables"].launch_sum_instances_backward(*grads, *case)
 
 

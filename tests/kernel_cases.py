@@ -124,18 +124,27 @@ def touching(out_rows, lab_rows, kept):
     return [set(zip(out[here].tolist(), lab[here].tolist(), strict=True)) for out, lab, here in sides]
 
 
+def sites_of(foreground, y, out_rows, lab_rows, rest_sizes=None):
+    """The sites of masks, which hold at least the instances, and row maps; unless given, no outputs beyond tables."""
+    if rest_sizes is None:
+        rest_sizes = out_rows.new_empty((len(out_rows), 0))
+    masks, rows = torch.cat((foreground, y)), torch.cat((out_rows, lab_rows))
+    assert masks[rows > 0].all()
+    return [torch.where(masks & (rows == 0), -1, rows), rest_sizes]
+
+
 def sum_instances(a, y, out_rows, lab_rows, kept, quantity, no_tp, capacity, pair_capacity):
     """`launch_sum_instances` of an activated output, bool (hard) or float, and of what its sites are made of.
 
     Sums of outputs, of labels and of samples, and the pairs.
     """
     hard = a.dtype == torch.bool
-    sites = [torch.cat((a if hard else a > 0, y)), torch.cat((out_rows, lab_rows))]
+    sites = sites_of(a if hard else out_rows > 0, y, out_rows, lab_rows)
     x, activation = (a.float(), ops.GIVEN) if hard else (a, ops.NONE)
     tables = importlib.import_module("triton_instance_loss.kernels.tables")
     case = (x, sites, *found(lab_rows, kept, capacity), activation, quantity, no_tp)
-    sums, *rest = tables.launch_sum_instances(*case, pair_capacity)
-    return *sums.chunk(2), *rest
+    sums, sample_sums, pairs, _ = tables.launch_sum_instances(*case, pair_capacity)
+    return *sums.chunk(2), sample_sums, pairs
 
 
 def sum_instances_backward(*arguments):
@@ -145,12 +154,14 @@ def sum_instances_backward(*arguments):
         arguments[8:],
     )
     of_rows = torch.cat(grads[:2])[..., : ops.GRADIENT_COLUMNS].contiguous()
-    of_samples = [grad[:, : ops.SAMPLE_GRADIENT_COLUMNS].contiguous() for grad in grads[2:]]
-    sites = [torch.cat((foreground, y)), torch.cat((out_rows, lab_rows))]
+    of_whole, of_pixel = (grad[:, : ops.SAMPLE_GRADIENT_COLUMNS].contiguous() for grad in grads[2:])
+    of_whole = torch.nn.functional.pad(of_whole, (0, ops.WHOLE_GRADIENT_COLUMNS - ops.SAMPLE_GRADIENT_COLUMNS))
+    sites = sites_of(foreground, y, out_rows, lab_rows)
     pairs = torch.zeros((len(x), 64), dtype=torch.int64)
     for keys, met in zip(pairs, touching(out_rows, lab_rows, kept), strict=True):
         keys[3 : 3 + len(met)] = torch.tensor([out << 32 | lab for out, lab in sorted(met)])
     counts, _ = found(lab_rows, kept, of_rows.shape[1])
     tables = importlib.import_module("triton_instance_loss.kernels.tables")
-    case = (x, labels, sites, pairs.to(x.device), counts, activation, quantity, no_tp, *pixel)
-    return tables.launch_sum_instances_backward(of_rows, *of_samples, *case)
+    untouched = torch.empty((len(x), 0), dtype=torch.bool, device=x.device)
+    case = (x, labels, sites, pairs.to(x.device), untouched, counts, activation, quantity, no_tp, *pixel)
+    return tables.launch_sum_instances_backward(of_rows, of_whole, of_pixel, *case)

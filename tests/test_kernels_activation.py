@@ -249,8 +249,8 @@ def test_find_adds_up_what_programs_wrote(monkeypatch, broken):
     finite = x.flatten(1).isfinite().all(1)  # the sums of other samples are NaN or infinite, and health says so
     for pixel in (NOT_FUSED, RAW):
         case = (x, labels, None, SIGMOID, 0.7, pixel, 3, 0, 0, 5, 2.0)
-        _, sums, health, counts, _ = instances.launch_find(*case, 90)
-        _, expected_sums, expected_health, expected_counts, _ = ops.find(*case, 0)
+        _, sums, health, counts, _ = instances.launch_find(*case, 90, 0)
+        _, expected_sums, expected_health, expected_counts, _ = ops.find(*case, 0, 0)
         torch.testing.assert_close(sums[finite], expected_sums[finite], rtol=1e-13, atol=0)
         assert_same((health, counts), (expected_health, expected_counts))
         assert bool(health.isnan()) == broken

@@ -62,14 +62,15 @@ def plain_sums(a, y, out_rows, lab_rows, kept, quantity, no_tp, capacity):
 
 
 def random_case(shape, dtype, seed=0):
-    """Outputs a in (0, 1) or hard, y, row maps whose labels are not exactly y, and a cap that some samples exceed."""
+    """Outputs a in (0, 1) or hard, y, row maps, and a cap that some samples exceed; foregrounds have a little more."""
     generator = torch.Generator().manual_seed(seed)
     a = torch.rand(shape, generator=generator, dtype=torch.float64)
     a = a > 0.5 if dtype == torch.bool else a.to(dtype)
     coarse = torch.randint(0, 5, shape, generator=generator, dtype=torch.int32)
     out_rows = torch.where(torch.rand(shape, generator=generator) < 0.5, coarse, 0)
     lab_rows = torch.where(torch.rand(shape, generator=generator) < 0.6, (coarse + 1) % 4, 0)
-    y = (lab_rows > 0) ^ (torch.rand(shape, generator=generator) < 0.1)
+    y = (lab_rows > 0) | (torch.rand(shape, generator=generator) < 0.1)
+    a = a | (out_rows > 0) if dtype == torch.bool else a
     kept = torch.tensor([3, 0, 9])[: shape[0]].int()
     return [t.to(DEVICE) for t in (a, y, out_rows, lab_rows, kept)]
 
@@ -104,7 +105,7 @@ def test_sums_drawn():
 def gradient_of_a(grads, case, quantity, no_tp):
     """The gradient where x is a itself, or the probability behind a hard a, and no pixel term is fused."""
     a, *case = case
-    x, code, foreground = (a.float(), GIVEN, a) if a.dtype == torch.bool else (a, NONE, a >= 0.5)
+    x, code, foreground = (a.float(), GIVEN, a) if a.dtype == torch.bool else (a, NONE, case[1] > 0)
     no_pixel = torch.full((a.shape[0], 3), float("nan"), dtype=torch.float64, device=DEVICE)
     arguments = (x, torch.full_like(x, float("nan")), foreground, *case, quantity, no_tp, code, NOT_FUSED, 4)
     return sum_instances_backward(*grads, no_pixel, *arguments)
@@ -196,7 +197,7 @@ def test_gradient_of_x_drawn():
     pixel = torch.tensor([[8.0, 16.0, float("nan")]], dtype=torch.float64, device=DEVICE)  # truth has no gradient
 
     def gradient(*codes):
-        arguments = (*grads, pixel, x, labels, y, y, rows, torch.zeros_like(rows), kept, 0, True, *codes)
+        arguments = (*grads, pixel, x, labels, rows > 0, y, rows, torch.zeros_like(rows), kept, 0, True, *codes)
         return sum_instances_backward(*arguments).flatten().tolist()
 
     # sigmoid(x) = 1/2, 3/4, 1/4, with slopes 1/4, 3/16, 3/16
@@ -204,8 +205,8 @@ def test_gradient_of_x_drawn():
     assert gradient(GIVEN, NOT_FUSED, 3) == [4, 16, 0]
     # 8 w + 16 * 2 (u - w), with u = 1/2, 3/4, 1/4 and w = 1, 0, 0
     assert gradient(SIGMOID, PROBABILITY, 3) == pytest.approx([-4 / 4, (16 + 24) * 3 / 16, 8 * 3 / 16], rel=1e-15)
-    # with the foreground u = 1, 0, 0 and w = 1, 0, 2
-    assert gradient(SIGMOID, HARD, 3) == pytest.approx([(4 + 8) / 4, 16 * 3 / 16, (16 - 64) * 3 / 16], rel=1e-15)
+    # with the foreground u = 1, 1, 0 and w = 1, 0, 2
+    assert gradient(SIGMOID, HARD, 3) == pytest.approx([12 / 4, (16 + 32) * 3 / 16, (16 - 64) * 3 / 16], rel=1e-15)
     # 8 w + 16 sign(x - w): the slope is not on its way, as this pixel term sees x
     assert gradient(SIGMOID, RAW, 2) == pytest.approx([4 / 4 + 8 - 16, 3 + 16, 0 + 16 - 16], rel=1e-15)
     assert gradient(NONE, PROBABILITY, 0) == [4 + 8 + 16, 16 + 16, 16]
@@ -220,6 +221,7 @@ def assert_gradient_of_x(shape, dtype, label_dtype, code, pixel, pixel_quantity,
     labels = labels == 1 if label_dtype == torch.bool else labels.to(label_dtype)
     labels = labels * 0.5 if label_dtype.is_floating_point else labels
     foreground, y, *_ = activate(source, labels, code, 0.4, NOT_FUSED, 0)
+    out_rows, lab_rows = out_rows * foreground, lab_rows * y
 
     x = source.clone().requires_grad_()
     p = torch.sigmoid(x) if code == SIGMOID else x

@@ -24,8 +24,13 @@ def ratio(numbers, sums):
     return above / below
 
 
-def plain_terms(sums, geometry, counts, owned, distances, values, totals, numbers, classes, reduction, rates, health):
-    """The terms, differentiable in the sums and in values that are given, one sample and one row after the other."""
+def plain_terms(
+    sums, geometry, counts, owned, distances, values, totals, numbers, classes, reduction, rates, health, beyond
+):
+    """The terms, one sample and one row after the other, differentiable in the sums and in values that are given.
+
+    And in `beyond`, in each sample the mean of a over an output beyond the tables that touches no label.
+    """
     table, sample_sums, pixel_sums = sums
     out_sums, lab_sums = table.chunk(2)
     geometry = geometry.chunk(2)
@@ -62,6 +67,7 @@ def plain_terms(sums, geometry, counts, owned, distances, values, totals, number
             num_outputs
             - correct
             + sum(change(out_sums, 0, row) for row in range(num_outputs) if out_sums[b, row, ops.OVERLAP] == 0)
+            + (beyond[b] - beyond[b].detach())
         )
         missed = (
             num_labels
@@ -126,12 +132,13 @@ def assert_terms(case, reduction, rates, classes=1, totals=None):
     health = torch.ones((), dtype=torch.float64, device=DEVICE)
     rest = owned, distances, values, totals, numbers, classes, reduction, rates
     ours, *slopes = terms.launch_terms(*sums, health, counts, geometry, *rest)
-    leaves = [table.clone().requires_grad_() for table in sums]
-    expected = plain_terms(leaves, geometry, counts, *rest, health)
+    *leaves, beyond = [table.clone().requires_grad_() for table in (*sums, torch.zeros_like(sums[1][:, 0]))]
+    expected = plain_terms(leaves, geometry, counts, *rest, health, beyond)
     torch.testing.assert_close(ours, expected.detach(), rtol=1e-13, atol=1e-13)
 
     grad = torch.linspace(0.5, 2.0, 7, dtype=torch.float64, device=DEVICE)
-    plain = list(torch.autograd.grad(expected, leaves, grad, materialize_grads=True))
+    *plain, by_rest = torch.autograd.grad(expected, [*leaves, beyond], grad, materialize_grads=True)
+    plain[1] = torch.cat((plain[1][:, : ops.SAMPLE_GRADIENT_COLUMNS], by_rest[:, None]), 1)
     grads = list(terms.launch_terms_backward(grad, *slopes, counts, True, True))
     present = counts[[0, 2]]
     grads[0], plain[0] = used(grads[0], present), used(plain[0], present)
@@ -216,7 +223,7 @@ def test_terms_drawn():
     grads, grad_sample, grad_pixel = terms.launch_terms_backward(only, *slopes, counts, True, True)
     assert grads[0].tolist() == [[0, 0, 0], [pytest.approx(1 / 3), 0, 0]]
     assert grads[1].tolist() == [[0, 0, 0], [pytest.approx(-1 / 5), 0, 0]]
-    assert (grad_sample.tolist(), grad_pixel.tolist()) == ([[0, 0]], [[0, 0]])
+    assert (grad_sample.tolist(), grad_pixel.tolist()) == ([[0, 0, 1]], [[0, 0]])
 
 
 @pytest.mark.parametrize("values", [True, False])
@@ -229,6 +236,7 @@ def test_gradients_that_do_not_flow(values):
     part = terms.launch_terms_backward(grad, *slopes, counts, False, values)
     of_rows, of_all = (used(table, counts[[0, 2]]) for table in (part[0], whole[0]))
     assert (of_rows[..., ops.MASS] == 0).all()
-    flowing = [of_all[..., 1:], whole[1]]
+    assert (part[1][:, ops.BY_REST] == 0).all()
+    flowing = [of_all[..., 1:], whole[1][:, : ops.BY_REST]]
     flowing = flowing if values else [torch.zeros_like(table) for table in flowing]
-    assert_same([of_rows[..., 1:], part[1], part[2]], [*flowing, whole[2]])
+    assert_same([of_rows[..., 1:], part[1][:, : ops.BY_REST], part[2]], [*flowing, whole[2]])

@@ -182,3 +182,9 @@ def probabilities(name: str, a: Tensor) -> None:
     if debugging(a) and not bool(((a >= 0) & (a <= 1) | a.isnan()).all()):
         low, high = torch.aminmax(a)
         raise ValueError(f"{name} is a cross entropy and needs outputs in [0, 1], got [{low.item()}, {high.item()}].")
+
+
+def room_for_labels(most: int, room: int) -> None:
+    """There are at most as many label instances in a sample as tables have room for."""
+    if most > room:
+        raise ValueError(f"labels must have at most {room} instances in a sample of this size, got {most}.")

@@ -10,6 +10,13 @@ from .activation import activation_of, to_volume
 from .components import capacity_bound, rows_of_tables
 from .options import Options
 
+# A row for each instance there could be, one a 2x2x2 block of voxels, would make tables larger than everything else. In
+# noise a fifth of the blocks at most make a component of their own, in images a third (tests/test_instances.py); only
+# lattices have more. Outputs beyond `max_cc_out` need no row, so outputs may be anything, but labels that are such a
+# lattice are an error (kernels/instances.py). With so few rows as FEW_ROWS memory does not matter.
+BLOCKS_A_ROW = {2: 2, 3: 4}
+FEW_ROWS = 4096
+
 
 class Found(NamedTuple):
     """The instances of a batch."""
@@ -40,8 +47,11 @@ def find(
         bound = x[0].numel()
     search = (options.num_iterations or 0, options.min_instance_size)
     keep = (options.max_cc_out, float(options.mul_too_many))
+    rows = rows_of_tables(x, bound)
+    if ids is None and options.num_iterations is None and options.max_cc_out > 0:
+        rows = min(rows, max(bound // BLOCKS_A_ROW[options.spatial_dims], FEW_ROWS, options.max_cc_out))
     sites, pixel_sums, health, counts, geometry = ops.find(
-        x, labels, ids, *activation_of(options), *pixel, *search, *keep, rows_of_tables(x, bound)
+        x, labels, ids, *activation_of(options), *pixel, *search, *keep, rows, bound - rows if rows else 0
     )
     # A voxel makes at most one pair, and whole components at most one a 2x2x2 block. The table is a hash set: it is
     # half empty, and a power of two.

@@ -174,7 +174,7 @@ def instance_metrics(
 def _match_by_overlap(x: Tensor, found: Found, pair_capacity: int) -> _Matches:
     """Match whatever touches; all of it is in the table of sums."""
     # Of a foreground of ones, and without no_tp, COST of a label is the size of all outputs that touch it.
-    sums, _, _ = ops.sum_instances(
+    sums, *_ = ops.sum_instances(
         x, list(found.sites), found.counts, found.geometry, ops.GIVEN, quantities.MASS, False, pair_capacity
     )
     out, lab = sums.chunk(2)

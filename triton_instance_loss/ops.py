@@ -4,6 +4,7 @@ A volume is (B, D, H, W) and contiguous; an image comes as a volume with D = 1. 
 A *row map* holds at each voxel the number of its instance, 1..n in id order, or 0; row r of a table is instance r + 1.
 Tables have a fixed number of rows, `capacity`, so that no shape depends on data and Python never reads a count; what
 stands in a row beyond the count is undefined. A table of both sides, (2 B, capacity, ...), has those of outputs first.
+There may be more outputs than that, `rest` at most; they are only counted, and false or not (instances.py says why).
 CPU tensors go to `cpu/`, CUDA tensors to `kernels/`, which have the same rooms. The environment variable
 `TRITON_INSTANCE_LOSS_BACKEND` (`cpu` or `triton`), read at each call, overrides that. This module imports neither
 Triton nor SciPy.
@@ -50,7 +51,9 @@ SUMS_COLUMNS = 5
 # Columns of the sample table (float64): sums over all voxels of a * y, of phi(a, y) and of y.
 SAMPLE_COLUMNS = 3
 # Gradients of a sums table have its first three columns, those of a sample table its first two: the others are counts.
+# Those of a sample have one more, by the mean of a over each output beyond the tables that touches no label.
 GRADIENT_COLUMNS, SAMPLE_GRADIENT_COLUMNS = 3, 2
+BY_REST, WHOLE_GRADIENT_COLUMNS = 2, 3
 
 # The terms, in the order of the operator `terms`.
 PIXEL, INSTANCE_LABEL, INSTANCE_OUTPUT, CENTER, FALSE_INSTANCES, MISSED_INSTANCES, PROXIMITY = range(7)
@@ -64,10 +67,10 @@ BY_INSTANCE, BY_MEAN, BY_SUM = range(3)
 BY_CENTER, BY_FALSE, BY_INTERSECTION, BY_PREDICTION, DISTANCE = range(5)
 SLOPES_COLUMNS = 5
 # The same of a sample: derivatives of the pixel term by intersection and prediction, of the instance terms by the
-# criterion of a label and of an output, of proximity by a criterion times its distance, and of the criterion of the
-# whole sample by intersection and prediction.
-PIXEL_BY_INTERSECTION, PIXEL_BY_PREDICTION, BY_LABEL, BY_OUTPUT, BY_DISTANCE = range(5)
-WHOLE_BY_INTERSECTION, WHOLE_BY_PREDICTION, SAMPLE_SLOPES_COLUMNS = 5, 6, 7
+# criterion of a label and of an output, of proximity by a criterion times its distance, of false instances by one of
+# them, and of the criterion of the whole sample by intersection and prediction.
+PIXEL_BY_INTERSECTION, PIXEL_BY_PREDICTION, BY_LABEL, BY_OUTPUT, BY_DISTANCE, BY_MISTAKE = range(6)
+WHOLE_BY_INTERSECTION, WHOLE_BY_PREDICTION, SAMPLE_SLOPES_COLUMNS = 6, 7, 8
 # The sites of the CPU backend (int64), one column each: the voxels of either foreground, in linear order, with their
 # groups; and the groups, with what cpu/instances.py says. Columns at the end that are not used hold -1.
 SITE_LINES, GROUP_LINES = 2, 5
@@ -76,41 +79,41 @@ _library = torch.library.Library("triton_instance_loss", "DEF")
 
 _SCHEMAS = {
     # x float32 or float64, labels of any real dtype but half, precomputed ids (int64, 0 outside y) or none
-    # -> sites, two tensors: where the foreground is, and which instances it belongs to, as the same backend's operators
-    # below want it; sums (B, 3) float64 of u * w, phi(u, w) and truth w of the pixel term, zeros with pixel=-1; health,
+    # -> sites: where the foreground is, and which instances it belongs to, as the same backend's operators below want
+    # it; sums (B, 3) float64 of u * w, phi(u, w) and truth w of the pixel term, zeros with pixel=-1; health,
     # 0-d float64: 1, or NaN if any x is NaN or infinite; counts (3, B) int32 (outputs, kept outputs, labels) and
-    # geometry (2 B, capacity, 10) int64
+    # geometry (2 B, capacity, 10) int64; capacity 0: as many rows as the largest count, at least 1 (the CPU backend
+    # alone, where counting costs nothing; it has no rest)
     "find": "(Tensor x, Tensor labels, Tensor? ids, int activation, float threshold, int pixel, int pixel_quantity,"
-    " int num_iterations, int min_size, int max_kept, float too_many, int capacity)"
+    " int num_iterations, int min_size, int max_kept, float too_many, int capacity, int rest)"
     " -> (Tensor[], Tensor, Tensor, Tensor, Tensor)",
     # sites -> foreground of the outputs and y, bool, and the two row maps, int32, as volumes
     "row_maps": "(Tensor x, Tensor[] sites) -> (Tensor, Tensor, Tensor, Tensor)",
     # mask bool -> ids int32: largest linear index + 1 of the component (0 rounds: whole components), 0 = background
     "components": "(Tensor mask, int num_iterations) -> Tensor",
-    # mask bool -> row map int32, counts (B,) int32, geometry (B, capacity, 10) int64; capacity 0: as many rows as the
-    # largest count, at least 1 (the CPU backend alone, where counting costs nothing)
+    # mask bool -> row map int32, counts (B,) int32, geometry (B, capacity, 10) int64; capacity as above
     "find_instances": "(Tensor mask, int num_iterations, int min_size, int capacity) -> (Tensor, Tensor, Tensor)",
     # the same from given ids (an integer dtype, any positive number): instances are the sets of equal ids
     "number_instances": "(Tensor ids, int min_size, int capacity) -> (Tensor, Tensor, Tensor)",
     # -> sums (2 B, capacity, 5) and sample sums (B, 3; read only of samples without labels or kept outputs), float64,
     #    and the pairs (kept output, label) that touch, for which there is room for pair_capacity (a power of two), as
-    #    the same backend's backward wants them
+    #    the same backend's backward wants them; which of the rest of the outputs touch a label, (B, rest) bool
     "sum_instances": "(Tensor x, Tensor[] sites, Tensor counts, Tensor geometry, int activation, int quantity,"
-    " bool no_tp, int pair_capacity) -> (Tensor, Tensor, Tensor)",
+    " bool no_tp, int pair_capacity) -> (Tensor, Tensor, Tensor, Tensor)",
     # gradients of both sums, and of those of the pixel term -> gradient of x, of its shape and dtype
     "sum_instances_backward": "(Tensor grad_sums, Tensor grad_sample_sums, Tensor grad_pixel_sums, Tensor x,"
-    " Tensor labels, Tensor[] sites, Tensor pairs, Tensor counts, int activation, int quantity, bool no_tp, int pixel,"
-    " int pixel_quantity) -> Tensor",
+    " Tensor labels, Tensor[] sites, Tensor pairs, Tensor touched, Tensor counts, int activation, int quantity,"
+    " bool no_tp, int pixel, int pixel_quantity) -> Tensor",
     # results of the other operators; without owned or distances there is no center or proximity, and without values
     # (2 B, capacity) of the criterion these follow from the sums. Samples belong to classes in turns, and instances are
     # averaged class by class: over those of the batch, or over totals (2, classes) float64 of kept outputs and labels
-    # -> terms (7,) float64, slopes of instances (2 B, capacity, 5; of a side without any, row 0) and samples (B, 7)
+    # -> terms (7,) float64, slopes of instances (2 B, capacity, 5; of a side without any, row 0) and samples (B, 8)
     "terms": "(Tensor sums, Tensor sample_sums, Tensor pixel_sums, Tensor health, Tensor counts, Tensor geometry,"
     " Tensor? owned, Tensor? distances, Tensor? values, Tensor? totals, float[] numbers, int classes, int reduction,"
     " bool rates)"
     " -> (Tensor, Tensor, Tensor)",
     # gradients of the terms; with masses those that the surrogate adds, with values those of the criterion
-    # -> gradients of sums (2 B, capacity, 3), of sample sums (B, 2), and of those of the pixel term (B, 2)
+    # -> gradients of sums (2 B, capacity, 3), of sample sums and the rest (B, 3), and of the pixel term's sums (B, 2)
     "terms_backward": "(Tensor grad_terms, Tensor slopes, Tensor sample_slopes, Tensor counts, bool masses,"
     " bool values) -> (Tensor, Tensor, Tensor)",
     # centre boxes of kept outputs and labels -> owned (2 B, capacity, 2) int64: voxels of which an instance has the
@@ -204,12 +207,13 @@ def _fake_find(
     max_kept: int,
     too_many: float,
     capacity: int,
+    rest: int,
 ) -> tuple[list[Tensor], Tensor, Tensor, Tensor, Tensor]:
     batch, *shape = x.shape
     if backend(x) == "cpu":
         sites = [x.new_empty((lines, x.numel()), dtype=torch.int64) for lines in (SITE_LINES, GROUP_LINES)]
     else:
-        sites = [x.new_empty((2 * batch, *shape), dtype=dtype) for dtype in (torch.bool, torch.int32)]
+        sites = [x.new_empty(size, dtype=torch.int32) for size in ((2 * batch, *shape), (batch, rest))]
     return (
         sites,
         x.new_empty((batch, SAMPLE_COLUMNS), dtype=torch.float64),
@@ -253,12 +257,13 @@ def _fake_sum_instances(
     quantity: int,
     no_tp: bool,
     pair_capacity: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    batch = x.shape[0]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    batch, on_cpu = x.shape[0], backend(x) == "cpu"
     return (
         x.new_empty((*geometry.shape[:2], SUMS_COLUMNS), dtype=torch.float64),
         x.new_empty((batch, SAMPLE_COLUMNS), dtype=torch.float64),
-        x.new_empty((batch, 0 if backend(x) == "cpu" else pair_capacity), dtype=torch.int64),
+        x.new_empty((batch, 0 if on_cpu else pair_capacity), dtype=torch.int64),
+        x.new_empty((batch, 0 if on_cpu else sites[1].shape[1]), dtype=torch.bool),
     )
 
 
@@ -270,6 +275,7 @@ def _fake_sum_instances_backward(
     labels: Tensor,
     sites: list[Tensor],
     pairs: Tensor,
+    touched: Tensor,
     counts: Tensor,
     activation: int,
     quantity: int,
@@ -303,9 +309,12 @@ def _fake_terms(
 def _fake_terms_backward(
     grad_terms: Tensor, slopes: Tensor, sample_slopes: Tensor, counts: Tensor, masses: bool, values: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    of_samples = (sample_slopes.shape[0], SAMPLE_GRADIENT_COLUMNS)
-    grads = slopes.new_empty((*slopes.shape[:2], GRADIENT_COLUMNS))
-    return grads, slopes.new_empty(of_samples), slopes.new_empty(of_samples)
+    batch = sample_slopes.shape[0]
+    return (
+        slopes.new_empty((*slopes.shape[:2], GRADIENT_COLUMNS)),
+        slopes.new_empty((batch, WHOLE_GRADIENT_COLUMNS)),
+        slopes.new_empty((batch, SAMPLE_GRADIENT_COLUMNS)),
+    )
 
 
 def _fake_center_overlaps(geometry: Tensor, counts: Tensor, shape: list[int], offsets: list[int]) -> Tensor:

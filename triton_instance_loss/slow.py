@@ -76,6 +76,7 @@ def center(
         sizes = found.geometry[sample, :, ops.SIZE]
         sizes = torch.cat((sizes.new_ones(1), sizes.clamp(min=1)))
         rows = volumes.out_rows[sample].flatten().long()
+        rows = torch.where(rows < len(sizes), rows, 0)  # beyond the table there are no boxes
         means = a.new_zeros(len(sizes)).index_add(0, rows, a[sample].flatten()) / sizes
         heights = straight_through(torch.full_like(means, peak), means, options)
         heights = torch.cat((heights.new_zeros(1), heights[1:]))

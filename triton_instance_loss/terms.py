@@ -147,7 +147,7 @@ class FusedTerms(torch.autograd.Function):
         """All terms, (7,) float64, 0 where not wanted."""
         options, names = request.options, request.names
         size, offsets = place_of_centers(x.shape, options)
-        sums, sample_sums, pairs = ops.sum_instances(
+        sums, sample_sums, pairs, touched = ops.sum_instances(
             x,
             [where, which],
             counts,
@@ -176,7 +176,7 @@ class FusedTerms(torch.autograd.Function):
             request.reduction,
             options.rate_instead_number,
         )
-        ctx.save_for_backward(x, labels, pairs, slopes, sample_slopes, counts, where, which)
+        ctx.save_for_backward(x, labels, pairs, touched, slopes, sample_slopes, counts, where, which)
         ctx.request, ctx.values_type = request, None if values is None else values.dtype
         return terms  # type: ignore[no-any-return]
 
@@ -195,7 +195,7 @@ class FusedTerms(torch.autograd.Function):
 
     @staticmethod
     def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
-        x, labels, pairs, slopes, sample_slopes, counts, *sites = ctx.saved_tensors
+        x, labels, pairs, touched, slopes, sample_slopes, counts, *sites = ctx.saved_tensors
         request, options = ctx.request, ctx.request.options
         # As published, a hard activated output passes no gradient on.
         flows = options.surrogate or not options.hard
@@ -206,6 +206,7 @@ class FusedTerms(torch.autograd.Function):
             labels,
             sites,
             pairs,
+            touched,
             counts,
             activation_of(options)[0],
             request.quantity,

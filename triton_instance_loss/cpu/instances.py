@@ -55,6 +55,7 @@ def find(
     max_kept: int,
     too_many: float,
     capacity: int,
+    rest: int,
 ) -> tuple[list[Tensor], Tensor, Tensor, Tensor, Tensor]:
     """Operator `find` (ops.py)."""
     foreground = find_foreground(x, labels, activation, threshold)

@@ -106,7 +106,7 @@ def sum_instances(
     quantity: int,
     no_tp: bool,
     pair_capacity: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Operator `sum_instances` (ops.py)."""
     read = Sites.read(sites)
     groups, kept = _Groups(read, alike=activation != NONE), counts[KEPT].numpy()
@@ -148,9 +148,9 @@ def sum_instances(
     for column in range(SUMS_COLUMNS):
         sums[:batch, :, column] = groups.by_row(read.out, out_columns[column], capacity, batch)
         sums[batch:, :, column] = groups.by_row(read.lab, lab_columns[column], capacity, batch)
-    # The backward needs no list of pairs: its groups name them.
-    no_pairs = torch.empty((batch, 0), dtype=torch.int64)
-    return torch.from_numpy(sums), _sample_sums(x, groups, a, y, counts, quantity), no_pairs
+    # The backward needs no list of pairs: its groups name them. And all outputs have a row.
+    no_pairs, no_rest = (torch.empty((batch, 0), dtype=dtype) for dtype in (torch.int64, torch.bool))
+    return torch.from_numpy(sums), _sample_sums(x, groups, a, y, counts, quantity), no_pairs, no_rest
 
 
 def _sample_sums(x: Tensor, groups: _Groups, a: Tensor, y: Tensor, counts: Tensor, quantity: int) -> Tensor:
@@ -177,6 +177,7 @@ def sum_instances_backward(
     labels: Tensor,
     sites: list[Tensor],
     pairs: Tensor,
+    touched: Tensor,
     counts: Tensor,
     activation: int,
     quantity: int,
@@ -187,10 +188,11 @@ def sum_instances_backward(
     """Operator `sum_instances_backward` (ops.py)."""
     read = Sites.read(sites)
     grad = pixel_gradient(grad_pixel_sums, x, activation, pixel, pixel_quantity)
+    grad_sample_sums = grad_sample_sums[:, :SAMPLE_GRADIENT_COLUMNS]
     if bool(grad_sample_sums.any()):
         _, y, _, _ = maps = row_maps(x, sites)
         a = x if activation == NONE else maps[0].to(x.dtype)
-        by_intersection, by_cost = grad_sample_sums.view(len(x), SAMPLE_GRADIENT_COLUMNS, 1, 1, 1).unbind(1)
+        by_intersection, by_cost = grad_sample_sums[:, :, None, None, None].unbind(1)
         by_whole = by_intersection * y + by_cost * phi_derivative(quantity, a, y.to(x.dtype))
         # Other samples are left out: zero times a slope that is not finite would be NaN.
         some = grad_sample_sums.any(1)

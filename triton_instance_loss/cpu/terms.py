@@ -78,10 +78,14 @@ class _Instances(NamedTuple):
         each: Numbers = 1.0 / counts if reduction == ops.BY_MEAN else np.ones(len(counts))
         return each / batch
 
-    def mistakes(self, smoother: float, rates: bool) -> Numbers:
+    def share(self, smoother: float, rates: bool) -> Numbers:
+        """What one mistake in a sample adds to the mean number or rate of them, (2 B,)."""
+        totals: NDArray[Any] = np.where(rates, self.counts + smoother, 1.0)
+        return 1.0 / (len(self.counts) // 2 * totals)
+
+    def mistakes(self, share: Numbers) -> Numbers:
         """False and missed instances; the slopes of those that touch nothing are noted."""
         batch = len(self.sums) // 2
-        share = 1.0 / (batch * (self.counts + smoother if rates else np.ones(2 * batch)))
         touched = np.concatenate((self.sums[:batch, :, ops.OVERLAP], self.sums[batch:, :, ops.TOUCHED]))
         untouched = (np.arange(self.sums.shape[1]) < self.counts[:, None]) & (touched == 0)
         slopes = np.where(untouched, share[:, None] / self.sizes, 0.0)
@@ -154,10 +158,12 @@ def terms(
 
         if owned is not None:
             results[ops.CENTER] = instances.center(owned.numpy(), numbers)
-        results[[ops.FALSE_INSTANCES, ops.MISSED_INSTANCES]] = instances.mistakes(numbers[ops.SMOOTHER], rates)
+        share = instances.share(numbers[ops.SMOOTHER], rates)
+        results[[ops.FALSE_INSTANCES, ops.MISSED_INSTANCES]] = instances.mistakes(share)
+        of_samples[:, ops.BY_MISTAKE] = share[:batch]
 
         healthy = float(health)
-        of_samples[:, : ops.BY_DISTANCE + 1] *= healthy
+        of_samples[:, : ops.BY_MISTAKE + 1] *= healthy
         slopes[..., : ops.BY_FALSE + 1] *= healthy
     return torch.from_numpy(results * healthy), torch.from_numpy(slopes), torch.from_numpy(of_samples)
 
@@ -169,8 +175,9 @@ def terms_backward(
     grads, of_samples, of_rows = grad_terms.numpy(), sample_slopes.numpy(), slopes.numpy()
     batch = len(of_samples)
     table = np.zeros((*slopes.shape[:2], ops.GRADIENT_COLUMNS))
-    of_sample = np.zeros((batch, ops.SAMPLE_GRADIENT_COLUMNS))
+    of_sample = np.zeros((batch, ops.WHOLE_GRADIENT_COLUMNS))
     if masses:
+        of_sample[:, ops.BY_REST] = grads[ops.FALSE_INSTANCES] * of_samples[:, ops.BY_MISTAKE]
         mistakes = grads[[ops.FALSE_INSTANCES, ops.MISSED_INSTANCES]].repeat(batch)[:, None]
         table[..., ops.MASS] = grads[ops.CENTER] * of_rows[..., ops.BY_CENTER] + mistakes * of_rows[..., ops.BY_FALSE]
     if values:
@@ -182,6 +189,6 @@ def terms_backward(
         table[..., ops.INTERSECTION] = by_value * of_rows[..., ops.BY_INTERSECTION]
         table[..., ops.COST] = by_value * of_rows[..., ops.BY_PREDICTION]
         of_whole = np.where(counts.numpy()[ops.KEPT :] == 0, by_value[:, 0].reshape(2, batch), 0.0).sum(0)
-        of_sample[:] = of_whole[:, None] * of_samples[:, ops.WHOLE_BY_INTERSECTION :]
+        of_sample[:, : ops.BY_REST] = of_whole[:, None] * of_samples[:, ops.WHOLE_BY_INTERSECTION :]
     pixel = grads[ops.PIXEL] * of_samples[:, : ops.PIXEL_BY_PREDICTION + 1]
     return torch.from_numpy(table), torch.from_numpy(of_sample), torch.from_numpy(pixel)
