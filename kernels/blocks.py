@@ -8,6 +8,7 @@ cost nothing.
 
 import os
 
+import torch
 import triton
 import triton.language as tl  # noqa: F401 (the interpreter wants it in sight of every helper)
 
@@ -28,6 +29,16 @@ def block_size(lanes: int, on_gpu: int) -> int:
 def table_programs(rows: int) -> int:
     """Programs that share the rows of one sample's table."""
     return min(rows, INTERPRETED_PROGRAMS if INTERPRETED else TABLE_PROGRAMS)
+
+
+def deterministic() -> bool:
+    """Whether PyTorch is asked for the same bits in each run."""
+    return torch.are_deterministic_algorithms_enabled()
+
+
+def adding_programs(blocks: int) -> int:
+    """Programs a sample whose atomics add numbers that are not whole: of several, nobody knows which one is first."""
+    return 1 if deterministic() else blocks
 
 
 @triton.jit

@@ -11,17 +11,18 @@ with e = phi(a s, 0) [y = 0], s = a held constant, c = phi(a, 1); without no_tp 
 0). All voxels of a block with the same pair (o, l) go the same way, so the block adds up by pairs: while lanes
 remain, take the largest pair, reduce a, phi(a, 0), phi(a, 1) and e over its lanes, send scalar atomics to both rows,
 drop those lanes. If the pair touches, it goes into a hash table of one sample (linear probing; a slot is taken by
-compare-and-swap, never freed). A second kernel walks over that table: the size of the label is added to LABEL of the
-output, and the excess of the output to COST of the label. Before both, one kernel clears the rows that are used, and
-the hash table.
+compare-and-swap, never freed). A second kernel looks up which rows touch: the sizes of the labels of an output become
+its LABEL, and the excess of the outputs of a label is added to its COST. Before both, one kernel clears the rows that
+are used, and the hash table. Outputs beyond the tables, the rest, leave but a flag each: whether they touch a label.
 
 Backward, G the gradients of the tables, phi' the derivative in a:
 
     da = G_o.MASS + G_o.INTERSECTION [l > 0] + G_o.COST phi'(a, [l > 0]) + E_o e'
        + G_l.MASS + [inside] (G_l.INTERSECTION + G_l.COST c') + G_s.0 y + G_s.1 phi'(a, y)
+       + G_s.BY_REST / |o| where o is of the rest and touches no label,
 
 with e' = phi'(a a, 0) a [y = 0], c' = phi'(a, 1); without no_tp e' = phi'(a, 0), c' = phi'(a, 1) - phi'(a, 0), and
-E_o the sum of G_l.COST over the labels that o touches, by another walk over the hash table. It goes on to the volume x
+E_o the sum of G_l.COST over the labels that o touches, looked up once more. It goes on to the volume x
 that was activated, together with that of the pixel term, du = G_p.0 w + G_p.1 phi'(u, w) for the u and w of
 activation.py and the pixel term's own phi. With s = p (1 - p), p = sigmoid(x), where the activation is a sigmoid, else
 s = 1:
@@ -31,9 +32,10 @@ s = 1:
 
 phi is computed in the precision of a (forward, float32 for a hard a) or of x (backward), and added in float64.
 Deterministic where the values are integers, as for a hard a; otherwise atomics add in any order, which shows in the
-last bits of a float64. The backward is deterministic; the order of the pairs is not. Bytes a voxel: forward 9 + the
-size of a, read once. Backward 9, 1 more for a hard a, x where the formulas want it (not for a given probability that no
-pixel term sees) and the labels where the pixel term sees them, and one gradient written.
+last bits of a float64, unless PyTorch is asked to be deterministic: then one program goes over the blocks of a sample.
+What neighbours bring is added in the order of rows, by looking each pair up, since the order of the hash table is any.
+Bytes a voxel: forward 8, and x where that is a. Backward 8, x where the formulas want it (not for a given probability
+that no pixel term sees), the labels where the pixel term sees them, and one gradient written.
 """
 
 import torch
@@ -43,7 +45,7 @@ from torch import Tensor
 
 from .. import ops
 from .activation import NONE, NOT_FUSED, RAW, SIGMOID, probability, seen_by_pixel
-from .blocks import block_size, table_programs
+from .blocks import adding_programs, block_size, table_programs
 from .quantities import phi, phi_derivative, sum_where
 
 MASS: tl.constexpr = tl.constexpr(ops.MASS)
@@ -67,7 +69,10 @@ SIZE: tl.constexpr = tl.constexpr(ops.SIZE)
 SUMS_BLOCK, SUMS_WARPS = 256, 1
 THREADS: tl.constexpr = tl.constexpr(32 * SUMS_WARPS)
 GRADIENT_BLOCK = 512
-PAIRS_BLOCK = 256
+CLEAR_BLOCK = 256
+# One lane a thread of two warps: a sample rarely has more labels or kept outputs.
+NEIGHBOURS_BLOCK, NEIGHBOURS_WARPS = 64, 2
+PARTS_BLOCK = 512
 # Odd multipliers with well spread bits (from the golden ratio and from MurmurHash3), below 2^32, so that a product with
 # a row stays below 2^63. The low bits of a product are the worst mixed.
 OUT_FACTOR: tl.constexpr = tl.constexpr(0x9E3779B1)
@@ -141,7 +146,7 @@ def _sum_instances_kernel(
     out_sums_ptr,  # (B, capacity, 5) float64
     lab_sums_ptr,  # (B, capacity, 5) float64
     excess_ptr,  # (B, capacity) float64
-    parts_ptr,  # (B, programs, 3) float64: of the sums of a sample
+    parts_ptr,  # (B, blocks, 3) float64: of the sums of a sample
     pairs_ptr,  # (B, pair_capacity) int64
     touched_ptr,  # (B, rest) bool
     V,
@@ -153,56 +158,58 @@ def _sum_instances_kernel(
     ACTIVATION: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    voxel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     sample = tl.program_id(1).to(tl.int64)
-    index = sample * V + voxel
-    in_volume = voxel < V
-    out_site = tl.load(out_sites_ptr + index, mask=in_volume, other=0)
-    lab_site = tl.load(lab_sites_ptr + index, mask=in_volume, other=0)
-    y = (lab_site != 0).to(tl.float32)
-    a = (out_site != 0).to(tl.float32)
-    if ACTIVATION == NONE:
-        a = tl.load(x_ptr + index, mask=in_volume, other=0)
-        y = y.to(a.dtype)
-    key = (tl.maximum(out_site, 0).to(tl.int64) << 32) | tl.maximum(lab_site, 0)
     kept = tl.load(kept_ptr + sample)
+    blocks = tl.cdiv(V, BLOCK)
+    for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
+        voxel = block * BLOCK + tl.arange(0, BLOCK)
+        index = sample * V + voxel
+        in_volume = voxel < V
+        out_site = tl.load(out_sites_ptr + index, mask=in_volume, other=0)
+        lab_site = tl.load(lab_sites_ptr + index, mask=in_volume, other=0)
+        y = (lab_site != 0).to(tl.float32)
+        a = (out_site != 0).to(tl.float32)
+        if ACTIVATION == NONE:
+            a = tl.load(x_ptr + index, mask=in_volume, other=0)
+            y = y.to(a.dtype)
+        key = (tl.maximum(out_site, 0).to(tl.int64) << 32) | tl.maximum(lab_site, 0)
 
-    parts_ptr += (sample * tl.num_programs(0) + tl.program_id(0)) * SAMPLE_COLUMNS
-    tl.store(parts_ptr, sum_where(a * y, in_volume))
-    tl.store(parts_ptr + 1, sum_where(phi(a, y, QUANTITY), in_volume))
-    tl.store(parts_ptr + 2, sum_where(y, in_volume))
+        part_ptr = parts_ptr + (sample * blocks + block) * SAMPLE_COLUMNS
+        tl.store(part_ptr, sum_where(a * y, in_volume))
+        tl.store(part_ptr + 1, sum_where(phi(a, y, QUANTITY), in_volume))
+        tl.store(part_ptr + 2, sum_where(y, in_volume))
 
-    phi_0 = phi(a, tl.zeros_like(a), QUANTITY)
-    phi_1 = phi(a, tl.zeros_like(a) + 1, QUANTITY)
-    excess = tl.where(y > 0, 0.0, phi(a * a, tl.zeros_like(a), QUANTITY)) if NO_TP else phi_0
-    while tl.max(key, axis=0) > 0:
-        largest = tl.max(key, axis=0)
-        here = key == largest
-        out, lab = largest >> 32, largest & 0xFFFFFFFF
-        inside = (out > 0) & (out <= kept)
-        count = sum_where(tl.zeros_like(a) + 1, here)
-        mass, cost_0, cost_1 = sum_where(a, here), sum_where(phi_0, here), sum_where(phi_1, here)
-        if (out > 0) & (out <= capacity):
-            row_ptr = out_sums_ptr + (sample * capacity + out - 1) * COLUMNS
-            tl.atomic_add(row_ptr + MASS, mass, sem="relaxed")
-            tl.atomic_add(row_ptr + COST, tl.where(lab > 0, cost_1, cost_0), sem="relaxed")
-            tl.atomic_add(excess_ptr + sample * capacity + out - 1, sum_where(excess, here), sem="relaxed")
-            if lab > 0:
-                tl.atomic_add(row_ptr + INTERSECTION, mass, sem="relaxed")
-                tl.atomic_add(row_ptr + OVERLAP, count, sem="relaxed")
-        elif (out > capacity) & (out <= capacity + rest) & (lab > 0):
-            tl.store(touched_ptr + sample * rest + out - capacity - 1, True)
-        if (lab > 0) & (lab <= capacity):
-            row_ptr = lab_sums_ptr + (sample * capacity + lab - 1) * COLUMNS
-            tl.atomic_add(row_ptr + MASS, mass, sem="relaxed")
-            if out > 0:
-                tl.atomic_add(row_ptr + TOUCHED, count, sem="relaxed")
-            if inside:
-                tl.atomic_add(row_ptr + INTERSECTION, mass, sem="relaxed")
-                tl.atomic_add(row_ptr + COST, cost_1 if NO_TP else cost_1 - cost_0, sem="relaxed")
-                tl.atomic_add(row_ptr + OVERLAP, count, sem="relaxed")
-                _insert_pair(pairs_ptr + sample * pair_capacity, out, lab, pair_capacity)
-        key = tl.where(here, 0, key)
+        phi_0 = phi(a, tl.zeros_like(a), QUANTITY)
+        phi_1 = phi(a, tl.zeros_like(a) + 1, QUANTITY)
+        excess = tl.where(y > 0, 0.0, phi(a * a, tl.zeros_like(a), QUANTITY)) if NO_TP else phi_0
+        while tl.max(key, axis=0) > 0:
+            largest = tl.max(key, axis=0)
+            here = key == largest
+            out, lab = largest >> 32, largest & 0xFFFFFFFF
+            inside = (out > 0) & (out <= kept)
+            count = sum_where(tl.zeros_like(a) + 1, here)
+            mass, cost_0, cost_1 = sum_where(a, here), sum_where(phi_0, here), sum_where(phi_1, here)
+            if (out > 0) & (out <= capacity):
+                row_ptr = out_sums_ptr + (sample * capacity + out - 1) * COLUMNS
+                tl.atomic_add(row_ptr + MASS, mass, sem="relaxed")
+                tl.atomic_add(row_ptr + COST, tl.where(lab > 0, cost_1, cost_0), sem="relaxed")
+                tl.atomic_add(excess_ptr + sample * capacity + out - 1, sum_where(excess, here), sem="relaxed")
+                if lab > 0:
+                    tl.atomic_add(row_ptr + INTERSECTION, mass, sem="relaxed")
+                    tl.atomic_add(row_ptr + OVERLAP, count, sem="relaxed")
+            elif (out > capacity) & (out <= capacity + rest) & (lab > 0):
+                tl.store(touched_ptr + sample * rest + out - capacity - 1, True)
+            if (lab > 0) & (lab <= capacity):
+                row_ptr = lab_sums_ptr + (sample * capacity + lab - 1) * COLUMNS
+                tl.atomic_add(row_ptr + MASS, mass, sem="relaxed")
+                if out > 0:
+                    tl.atomic_add(row_ptr + TOUCHED, count, sem="relaxed")
+                if inside:
+                    tl.atomic_add(row_ptr + INTERSECTION, mass, sem="relaxed")
+                    tl.atomic_add(row_ptr + COST, cost_1 if NO_TP else cost_1 - cost_0, sem="relaxed")
+                    tl.atomic_add(row_ptr + OVERLAP, count, sem="relaxed")
+                    _insert_pair(pairs_ptr + sample * pair_capacity, out, lab, pair_capacity)
+            key = tl.where(here, 0, key)
 
 
 @triton.jit
@@ -289,60 +296,94 @@ def _sum_instances_backward_kernel(
 
 
 @triton.jit
-def _pair_of_slot(pairs_ptr, slots, capacity, BLOCK: tl.constexpr):
-    """Rows of an output and a label in the tables of all samples, counted from 0, and where there is such a pair."""
-    slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    sample = tl.program_id(1).to(tl.int64)
-    pair = tl.load(pairs_ptr + sample * slots + slot, mask=slot < slots, other=0)
-    return sample * capacity + (pair >> 32) - 1, sample * capacity + (pair & 0xFFFFFFFF) - 1, pair > 0
+def _touching(pairs_ptr, out, lab, here, slots):
+    """Which pairs of rows, counted from 0, are in the hash table, of those that are `here`."""
+    out, lab = out.to(tl.int64) + 1, lab.to(tl.int64) + 1
+    key = (out << 32) | lab
+    slot = (((out * OUT_FACTOR) ^ (lab * LAB_FACTOR)) >> HASH_SHIFT) & (slots - 1)
+    found = tl.zeros_like(key)
+    searching = here.to(tl.int32)
+    probes = 0
+    while (tl.max(searching, axis=0) > 0) & (probes < slots):
+        at = tl.load(pairs_ptr + slot, mask=searching > 0, other=0)
+        found = tl.where(at == key, key, found)
+        searching = tl.where((at == key) | (at == 0), 0, searching)
+        slot = (slot + 1) & (slots - 1)
+        probes += 1
+    return found > 0
 
 
 @triton.jit
 def _sum_neighbours_kernel(
     pairs_ptr,  # (B, slots) int64
-    lab_geometry_ptr,  # (B, capacity, 10) int64
+    geometry_ptr,  # (2 B, capacity, 10) int64
     excess_ptr,  # (B, capacity) float64
     counts_ptr,  # (3, B) int32
     parts_ptr,  # (B, parts, 3) float64: of the sums of a sample
-    out_sums_ptr,  # (B, capacity, 5) float64
-    lab_sums_ptr,  # (B, capacity, 5) float64
+    sums_ptr,  # (2 B, capacity, 5) float64
     sample_sums_ptr,  # (B, 3) float64
     parts,
     slots,
     capacity,
+    PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     sample = tl.program_id(1).to(tl.int64)
+    B = tl.num_programs(1)
+    kept, num_labels = tl.load(counts_ptr + KEPT * B + sample), tl.load(counts_ptr + LABELS * B + sample)
     if tl.program_id(0) == 0:
-        B = tl.num_programs(1)
-        kept, num_labels = tl.load(counts_ptr + KEPT * B + sample), tl.load(counts_ptr + LABELS * B + sample)
         read = tl.where((kept == 0) | (num_labels == 0), parts, 0)  # elsewhere nobody asks for them
         for column in tl.static_range(SAMPLE_COLUMNS):
-            total = tl.zeros((BLOCK,), tl.float64)
-            for first in range(0, read, BLOCK):
-                part = first + tl.arange(0, BLOCK)
+            total = tl.zeros((PARTS,), tl.float64)
+            for first in range(0, read, PARTS):
+                part = first + tl.arange(0, PARTS)
                 at = (sample * parts + part) * SAMPLE_COLUMNS + column
                 total += tl.load(parts_ptr + at, mask=part < parts, other=0.0)
             tl.store(sample_sums_ptr + sample * SAMPLE_COLUMNS + column, tl.sum(total, axis=0))
-    out, lab, here = _pair_of_slot(pairs_ptr, slots, capacity, BLOCK)
-    size = tl.load(lab_geometry_ptr + lab * GEOMETRY_COLUMNS + SIZE, mask=here, other=0)
-    tl.atomic_add(out_sums_ptr + out * COLUMNS + LABEL, size.to(tl.float64), mask=here, sem="relaxed")
-    excess = tl.load(excess_ptr + out, mask=here, other=0.0)
-    tl.atomic_add(lab_sums_ptr + lab * COLUMNS + COST, excess, mask=here, sem="relaxed")
+    pairs_ptr += sample * slots
+    excess_ptr += sample * capacity
+    labels_ptr = geometry_ptr + (B + sample) * capacity * GEOMETRY_COLUMNS
+    kept, num_labels = tl.minimum(kept, capacity), tl.minimum(num_labels, capacity)
+    for out in range(tl.program_id(0), kept, tl.num_programs(0)):
+        sizes = tl.zeros((BLOCK,), tl.int64)
+        for first in range(0, num_labels, BLOCK):
+            lab = first + tl.arange(0, BLOCK)
+            here = _touching(pairs_ptr, out + lab * 0, lab, lab < num_labels, slots)
+            sizes += tl.load(labels_ptr + lab * GEOMETRY_COLUMNS + SIZE, mask=here, other=0)
+        row_ptr = sums_ptr + (sample * capacity + out) * COLUMNS
+        tl.store(row_ptr + LABEL, tl.sum(sizes, axis=0).to(tl.float64))
+    for lab in range(tl.program_id(0), num_labels, tl.num_programs(0)):
+        brought = tl.zeros((BLOCK,), tl.float64)
+        for first in range(0, kept, BLOCK):
+            out = first + tl.arange(0, BLOCK)
+            here = _touching(pairs_ptr, out, lab + out * 0, out < kept, slots)
+            brought += tl.load(excess_ptr + out, mask=here, other=0.0)
+        row_ptr = sums_ptr + ((B + sample) * capacity + lab) * COLUMNS
+        tl.store(row_ptr + COST, tl.load(row_ptr + COST) + tl.sum(brought, axis=0))
 
 
 @triton.jit
 def _sum_neighbours_backward_kernel(
     pairs_ptr,  # (B, slots) int64
     grad_lab_sums_ptr,  # (B, capacity, 3) float64
+    counts_ptr,  # (3, B) int32
     grad_excess_ptr,  # (B, capacity) float64
     slots,
     capacity,
     BLOCK: tl.constexpr,
 ):
-    out, lab, here = _pair_of_slot(pairs_ptr, slots, capacity, BLOCK)
-    grad = tl.load(grad_lab_sums_ptr + lab * GRADIENT_COLUMNS + COST, mask=here, other=0.0)
-    tl.atomic_add(grad_excess_ptr + out, grad, mask=here, sem="relaxed")
+    sample = tl.program_id(1).to(tl.int64)
+    B = tl.num_programs(1)
+    outputs, kept = tl.load(counts_ptr + OUTPUTS * B + sample), tl.load(counts_ptr + KEPT * B + sample)
+    num_labels = tl.minimum(tl.load(counts_ptr + LABELS * B + sample), capacity)
+    grad_lab_sums_ptr += sample * capacity * GRADIENT_COLUMNS
+    for out in range(tl.program_id(0), tl.minimum(outputs, capacity), tl.num_programs(0)):
+        brought = tl.zeros((BLOCK,), tl.float64)
+        for first in range(0, tl.where(out < kept, num_labels, 0), BLOCK):
+            lab = first + tl.arange(0, BLOCK)
+            here = _touching(pairs_ptr + sample * slots, out + lab * 0, lab, lab < num_labels, slots)
+            brought += tl.load(grad_lab_sums_ptr + lab * GRADIENT_COLUMNS + COST, mask=here, other=0.0)
+        tl.store(grad_excess_ptr + sample * capacity + out, tl.sum(brought, axis=0))
 
 
 def launch_sum_instances(
@@ -361,26 +402,28 @@ def launch_sum_instances(
     batch, capacity, rest = len(x), geometry.shape[1], sites[1].shape[1]
     num_voxels = x[0].numel() if batch else 0
     block = block_size(num_voxels, SUMS_BLOCK)
-    programs = triton.cdiv(num_voxels, block)
-    sizes = (2 * batch, capacity, ops.SUMS_COLUMNS), (batch, capacity), (batch, programs, ops.SAMPLE_COLUMNS)
+    blocks = triton.cdiv(num_voxels, block)
+    sizes = (2 * batch, capacity, ops.SUMS_COLUMNS), (batch, capacity), (batch, blocks, ops.SAMPLE_COLUMNS)
     sums, excess, parts = (torch.empty(size, dtype=torch.float64, device=x.device) for size in sizes)
     sample_sums = torch.empty((batch, ops.SAMPLE_COLUMNS), dtype=torch.float64, device=x.device)
     pairs = torch.empty((batch, pair_capacity), dtype=torch.int64, device=x.device)
     touched = torch.empty((batch, rest), dtype=torch.bool, device=x.device)
     if batch > 0:
-        rows_block = block_size(pair_capacity, PAIRS_BLOCK)
-        _clear_kernel[(table_programs(triton.cdiv(pair_capacity, rows_block)), batch)](
-            counts, sums, excess, pairs, touched, capacity, pair_capacity, rest, rows_block
+        clear_block = block_size(pair_capacity, CLEAR_BLOCK)
+        _clear_kernel[(table_programs(triton.cdiv(pair_capacity, clear_block)), batch)](
+            counts, sums, excess, pairs, touched, capacity, pair_capacity, rest, clear_block
         )
         out_sums, lab_sums = sums.chunk(2)
         if num_voxels > 0:
+            # Sums of a hard output are whole numbers, the same in any order.
+            programs = adding_programs(blocks) if activation == ops.NONE else blocks
             _sum_instances_kernel[(programs, batch)](
                 x, *sites[0].chunk(2), counts[ops.KEPT], out_sums, lab_sums, excess, parts, pairs, touched,
                 num_voxels, capacity, pair_capacity, rest, quantity, no_tp, activation, block, num_warps=SUMS_WARPS,
             )  # fmt: skip
-        _sum_neighbours_kernel[(triton.cdiv(pair_capacity, rows_block), batch)](
-            pairs, geometry[batch:], excess, counts, parts, out_sums, lab_sums, sample_sums,
-            programs, pair_capacity, capacity, rows_block,
+        _sum_neighbours_kernel[(table_programs(capacity), batch)](
+            pairs, geometry, excess, counts, parts, sums, sample_sums, blocks, pair_capacity, capacity,
+            block_size(blocks, PARTS_BLOCK), block_size(capacity, NEIGHBOURS_BLOCK), num_warps=NEIGHBOURS_WARPS,
         )  # fmt: skip
     return sums, sample_sums, pairs, touched
 
@@ -407,11 +450,11 @@ def launch_sum_instances_backward(
         return grad_x
     batch, capacity, slots, num_voxels = len(x), grad_sums.shape[1], pairs.shape[1], x[0].numel()
     grad_out_sums, grad_lab_sums = grad_sums.chunk(2)
-    grad_excess = torch.zeros((batch, capacity), dtype=torch.float64, device=x.device)
-    block = block_size(slots, PAIRS_BLOCK)
-    _sum_neighbours_backward_kernel[(triton.cdiv(slots, block), batch)](
-        pairs, grad_lab_sums, grad_excess, slots, capacity, block
-    )
+    grad_excess = torch.empty((batch, capacity), dtype=torch.float64, device=x.device)
+    _sum_neighbours_backward_kernel[(table_programs(capacity), batch)](
+        pairs, grad_lab_sums, counts, grad_excess, slots, capacity, block_size(capacity, NEIGHBOURS_BLOCK),
+        num_warps=NEIGHBOURS_WARPS,
+    )  # fmt: skip
     block = block_size(num_voxels, GRADIENT_BLOCK)
     _sum_instances_backward_kernel[(triton.cdiv(num_voxels, block), batch)](
         grad_out_sums, grad_lab_sums, grad_excess, grad_sample_sums, grad_pixel_sums,

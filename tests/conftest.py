@@ -60,8 +60,10 @@ def device(request):
 
 
 @pytest.fixture
-def poison():
+def poison(monkeypatch):
     """Fill what `torch.empty` returns with NaN and the largest integers, so that no test passes by luck."""
+    if importlib.util.find_spec("triton") is not None:  # memory alone is meant, not the kernels' deterministic way
+        monkeypatch.setattr("triton_instance_loss.kernels.blocks.deterministic", lambda: False)
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)

@@ -83,3 +83,31 @@ def test_cuda_equals_cpu():
         (twin_grad,) = torch.autograd.grad(sum(twin_terms), twin)
         torch.testing.assert_close(torch.stack(terms).cpu(), torch.stack(twin_terms), rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(grad.cpu(), twin_grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.fixture
+def asked_to_be_deterministic():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def results_of_100_runs(**options):
+    """Terms and gradient of each run, bit by bit."""
+    outputs, labels = batch(0, (96, 80, 64))
+    loss = InstanceLoss(**options)
+    for _ in range(100):
+        terms = torch.stack(loss(outputs, labels))
+        (grad,) = torch.autograd.grad(terms.sum(), outputs)
+        yield torch.cat((terms.detach(), grad.flatten())).view(torch.int32)
+
+
+def test_the_same_bits_in_100_runs():
+    first, *others = results_of_100_runs()
+    assert all(torch.equal(first, other) for other in others)
+
+
+@pytest.mark.usefixtures("asked_to_be_deterministic")
+def test_the_same_bits_of_soft_outputs_if_asked():
+    first, *others = results_of_100_runs(activation="none")
+    assert all(torch.equal(first, other) for other in others)

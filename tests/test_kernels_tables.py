@@ -18,6 +18,7 @@ from kernel_cases import (
 pytest.importorskip("triton")
 
 from triton_instance_loss import ops
+from triton_instance_loss.kernels import blocks
 from triton_instance_loss.ops import GIVEN, HARD, NONE, NOT_FUSED, PROBABILITY, RAW, SIGMOID
 
 pytestmark = pytest.mark.usefixtures("poison")
@@ -305,3 +306,35 @@ def test_sums_without_voxels():
     assert pairs.tolist() == [[0] * 4] * 2
     grad_a = gradient_of_a((out_sums, lab_sums, sample_sums), case, 0, True)
     assert (grad_a.shape, grad_a.dtype) == ((2, 0, 3, 3), torch.float64)
+
+
+def all_same(results):
+    first, *others = [[table.view(torch.int64) for table in tables] for tables in results]
+    return all(torch.equal(ours, theirs) for other in others for ours, theirs in zip(first, other, strict=True))
+
+
+def in_many_programs(dtype):
+    """One output on thirty labels: many programs add to its row, and find its pairs in any order."""
+    shape = (1, 15, 8, 16)
+    a = torch.rand(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(DEVICE)
+    lab_rows = torch.arange(1, 31, dtype=torch.int32, device=DEVICE).view(1, 15, 1, 2).repeat(1, 1, 8, 8)
+    out_rows, kept = torch.ones_like(lab_rows), torch.ones(1, dtype=torch.int32, device=DEVICE)
+    return a if dtype == torch.float64 else a >= 0, lab_rows > 0, out_rows, lab_rows, kept
+
+
+@pytest.mark.usefixtures("any_order")
+@pytest.mark.parametrize("asked", [False, True])
+def test_sums_are_deterministic_if_asked(monkeypatch, asked):
+    monkeypatch.setattr(blocks, "deterministic", lambda: asked)
+    case = in_many_programs(torch.float64)
+    assert all_same([sum_instances(*case, 0, True, 30, 64)[:3] for _ in range(6)]) == asked
+
+
+@pytest.mark.usefixtures("any_order")
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float64])
+def test_gradient_of_x_is_deterministic(dtype):
+    case = in_many_programs(dtype)
+    generator = torch.Generator().manual_seed(1)
+    sizes = (1, 30, 5), (1, 30, 5), (1, 3)
+    grads = [torch.randn(size, generator=generator, dtype=torch.float64).to(DEVICE) for size in sizes]
+    assert all_same([[gradient_of_a(grads, case, 0, False).double()] for _ in range(6)])
