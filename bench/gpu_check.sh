@@ -95,7 +95,7 @@ for name in "${parts[@]}"; do
         labelling) part labelling 150 "$PYTHON" -m bench.run --device cuda --entry labelling --seconds 0.3 --out "$rows" ;;
         entries)
             part entries 150 "$PYTHON" -m bench.run --device cuda --seconds 0.3 --out "$rows" \
-                --entry scaling --entry instance_terms --entry memory --entry reference
+                --entry scaling --entry instance_terms --entry determinism --entry memory --entry reference
             ;;
         memcheck) sanitizer memcheck ;;
         # Hazards in shared memory; races between blocks are what the part "races" looks for.

@@ -68,6 +68,15 @@ ENTRIES = {
             STEP_BYTES,
             steps.YARDSTICKS,
         ),
+        Entry(
+            "determinism",
+            "what asking PyTorch for deterministic algorithms costs; only soft outputs need it",
+            (_lesions(128, 2),),
+            steps.DETERMINISM,
+            steps.read,
+            STEP_BYTES,
+            steps.YARDSTICKS,
+        ),
         _step(
             "scaling",
             "all seven terms for larger volumes, one large and many small instances",

@@ -130,6 +130,33 @@ def _published(inputs: Inputs, setup: Setup) -> Function:
     return run_step(loss, _probabilities(inputs))
 
 
+def soft(inputs: Inputs) -> Options:
+    """Probabilities as they are, of which sums are no whole numbers; all else default."""
+    return {**_dimensions(inputs), "activation": "none"}
+
+
+def _ours_soft(inputs: Inputs, setup: Setup) -> Function:
+    return _ours(soft)(_probabilities(inputs), setup)
+
+
+def _ours_deterministic(inputs: Inputs, setup: Setup) -> Function:
+    run = _ours_soft(inputs, setup)
+
+    def run_asked() -> Any:
+        torch.use_deterministic_algorithms(True)
+        try:
+            return run()
+        finally:
+            torch.use_deterministic_algorithms(False)
+
+    return run_asked
+
+
+def soft_by_cpu(inputs: Inputs, setup: Setup) -> Answer:
+    """The CPU backend's answer on probabilities."""
+    return read(_ours_soft(_host(inputs), setup)())
+
+
 def _terms_alone(inputs: Inputs, setup: Setup) -> Function:
     return run_step(lambda outputs, labels: instance_segmentation_loss(outputs, labels, **_dimensions(inputs)), inputs)
 
@@ -273,6 +300,13 @@ REFERENCE = (
     Provider("published", _published, published_answer, ("published", "monai"), most_voxels=PUBLISHED_VOXELS),
     Provider("ours, as published", _ours_as_published, published_answer, ("monai",)),
     Provider("ours, MONAI criteria", _ours(with_monai), by_cpu(with_monai), ("monai",)),
+)
+
+DETERMINISM = (
+    *DICE,
+    Provider("ours, defaults", _ours(defaults), by_cpu(defaults)),
+    Provider("ours, soft", _ours_soft, soft_by_cpu),
+    Provider("ours, soft, deterministic", _ours_deterministic, soft_by_cpu),
 )
 
 INSTANCE_TERMS = (

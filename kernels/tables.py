@@ -65,8 +65,9 @@ WHOLE_GRADIENT_COLUMNS: tl.constexpr = tl.constexpr(ops.WHOLE_GRADIENT_COLUMNS)
 BY_REST: tl.constexpr = tl.constexpr(ops.BY_REST)
 GEOMETRY_COLUMNS: tl.constexpr = tl.constexpr(ops.GEOMETRY_COLUMNS)
 SIZE: tl.constexpr = tl.constexpr(ops.SIZE)
-# One warp, for two reasons: it reduces without barriers, and all its threads see one slot of the hash table alike.
-SUMS_BLOCK, SUMS_WARPS = 256, 1
+# One warp, for two reasons: it reduces without barriers, and all its threads see one slot of the hash table alike. A soft
+# output has four numbers a voxel to keep instead of one; in a block of 256, some would not fit the registers.
+SUMS_BLOCK, SOFT_SUMS_BLOCK, SUMS_WARPS = 256, 128, 1
 THREADS: tl.constexpr = tl.constexpr(32 * SUMS_WARPS)
 GRADIENT_BLOCK = 512
 CLEAR_BLOCK = 256
@@ -344,21 +345,21 @@ def _sum_neighbours_kernel(
     excess_ptr += sample * capacity
     labels_ptr = geometry_ptr + (B + sample) * capacity * GEOMETRY_COLUMNS
     kept, num_labels = tl.minimum(kept, capacity), tl.minimum(num_labels, capacity)
-    for out in range(tl.program_id(0), kept, tl.num_programs(0)):
+    for row in range(tl.program_id(0), kept, tl.num_programs(0)):
         sizes = tl.zeros((BLOCK,), tl.int64)
         for first in range(0, num_labels, BLOCK):
             lab = first + tl.arange(0, BLOCK)
-            here = _touching(pairs_ptr, out + lab * 0, lab, lab < num_labels, slots)
+            here = _touching(pairs_ptr, row + lab * 0, lab, lab < num_labels, slots)
             sizes += tl.load(labels_ptr + lab * GEOMETRY_COLUMNS + SIZE, mask=here, other=0)
-        row_ptr = sums_ptr + (sample * capacity + out) * COLUMNS
+        row_ptr = sums_ptr + (sample * capacity + row) * COLUMNS
         tl.store(row_ptr + LABEL, tl.sum(sizes, axis=0).to(tl.float64))
-    for lab in range(tl.program_id(0), num_labels, tl.num_programs(0)):
+    for row in range(tl.program_id(0), num_labels, tl.num_programs(0)):
         brought = tl.zeros((BLOCK,), tl.float64)
         for first in range(0, kept, BLOCK):
             out = first + tl.arange(0, BLOCK)
-            here = _touching(pairs_ptr, out, lab + out * 0, out < kept, slots)
+            here = _touching(pairs_ptr, out, row + out * 0, out < kept, slots)
             brought += tl.load(excess_ptr + out, mask=here, other=0.0)
-        row_ptr = sums_ptr + ((B + sample) * capacity + lab) * COLUMNS
+        row_ptr = sums_ptr + ((B + sample) * capacity + row) * COLUMNS
         tl.store(row_ptr + COST, tl.load(row_ptr + COST) + tl.sum(brought, axis=0))
 
 
@@ -377,13 +378,13 @@ def _sum_neighbours_backward_kernel(
     outputs, kept = tl.load(counts_ptr + OUTPUTS * B + sample), tl.load(counts_ptr + KEPT * B + sample)
     num_labels = tl.minimum(tl.load(counts_ptr + LABELS * B + sample), capacity)
     grad_lab_sums_ptr += sample * capacity * GRADIENT_COLUMNS
-    for out in range(tl.program_id(0), tl.minimum(outputs, capacity), tl.num_programs(0)):
+    for row in range(tl.program_id(0), tl.minimum(outputs, capacity), tl.num_programs(0)):
         brought = tl.zeros((BLOCK,), tl.float64)
-        for first in range(0, tl.where(out < kept, num_labels, 0), BLOCK):
+        for first in range(0, tl.where(row < kept, num_labels, 0), BLOCK):
             lab = first + tl.arange(0, BLOCK)
-            here = _touching(pairs_ptr + sample * slots, out + lab * 0, lab, lab < num_labels, slots)
+            here = _touching(pairs_ptr + sample * slots, row + lab * 0, lab, lab < num_labels, slots)
             brought += tl.load(grad_lab_sums_ptr + lab * GRADIENT_COLUMNS + COST, mask=here, other=0.0)
-        tl.store(grad_excess_ptr + sample * capacity + out, tl.sum(brought, axis=0))
+        tl.store(grad_excess_ptr + sample * capacity + row, tl.sum(brought, axis=0))
 
 
 def launch_sum_instances(
@@ -401,7 +402,7 @@ def launch_sum_instances(
         raise ValueError(f"pair_capacity must be a power of two, got {pair_capacity}.")
     batch, capacity, rest = len(x), geometry.shape[1], sites[1].shape[1]
     num_voxels = x[0].numel() if batch else 0
-    block = block_size(num_voxels, SUMS_BLOCK)
+    block = block_size(num_voxels, SOFT_SUMS_BLOCK if activation == ops.NONE else SUMS_BLOCK)
     blocks = triton.cdiv(num_voxels, block)
     sizes = (2 * batch, capacity, ops.SUMS_COLUMNS), (batch, capacity), (batch, blocks, ops.SAMPLE_COLUMNS)
     sums, excess, parts = (torch.empty(size, dtype=torch.float64, device=x.device) for size in sizes)

@@ -17,8 +17,9 @@ from kernel_cases import (
 
 pytest.importorskip("triton")
 
-from triton_instance_loss import ops
 from triton_instance_loss.kernels import blocks
+
+from triton_instance_loss import ops
 from triton_instance_loss.ops import GIVEN, HARD, NONE, NOT_FUSED, PROBABILITY, RAW, SIGMOID
 
 pytestmark = pytest.mark.usefixtures("poison")

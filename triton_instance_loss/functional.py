@@ -138,8 +138,8 @@ def instance_segmentation_loss(
         ValueError: An option or shape is not allowed, or the tensors do not fit each other.
 
     Note:
-        Deterministic on the CPU. Boxes and the choice of instances are not differentiated. A sample without usable
-        outputs, or without labels, has the single value c(a, y).
+        Deterministic as `InstanceLoss` is. Boxes and the choice of instances are not differentiated. A sample without
+        usable outputs, or without labels, has the single value c(a, y).
 
     Source:
         Rachmadi, Poon and Skibbe, MIDL 2023, equations 1 to 3; Rachmadi, Byra and Skibbe, CBM 2024.

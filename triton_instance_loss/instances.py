@@ -48,7 +48,8 @@ def find(
     search = (options.num_iterations or 0, options.min_instance_size)
     keep = (options.max_cc_out, float(options.mul_too_many))
     rows = rows_of_tables(x, bound)
-    if ids is None and options.num_iterations is None and options.max_cc_out > 0:
+    some_suffice = ids is None and options.num_iterations is None and options.max_cc_out > 0
+    if some_suffice and ops.backend(x) == "triton":
         rows = min(rows, max(bound // BLOCKS_A_ROW[options.spatial_dims], FEW_ROWS, options.max_cc_out))
     sites, pixel_sums, health, counts, geometry = ops.find(
         x, labels, ids, *activation_of(options), *pixel, *search, *keep, rows, bound - rows if rows else 0

@@ -241,11 +241,12 @@ class InstanceLoss(_Family):
         RuntimeError: A CUDA tensor where Triton is missing; a second derivative.
 
     Note:
-        The same input gives bitwise the same result on the CPU. On a GPU so do the terms with "sigmoid" and "softmax",
-        whose sums are of whole numbers; gradients, and terms with "none", repeat there to the rounding of float64
-        sums, which atomics add up in any order. A NaN or infinite output makes every term NaN. Samples without outputs
-        or labels give finite, connected terms. Half precision, autocast, MetaTensor and torch.compile are fine; fused
-        criteria never synchronise with the host on CUDA.
+        The same input gives bitwise the same terms and gradients on the CPU, and on a GPU with "sigmoid" and "softmax",
+        whose sums are of whole numbers. With "none", atomics add up float64 in any order there, which shows in the
+        last bits; `torch.use_deterministic_algorithms(True)` has one program a sample add them in order, which is far
+        slower. A NaN or infinite output makes every term NaN. Samples without outputs or labels give finite, connected
+        terms. Half precision, autocast, MetaTensor and torch.compile are fine; fused criteria never synchronise with
+        the host on CUDA.
 
     Source:
         Rachmadi, Byra and Skibbe, Computers in Biology and Medicine 2024, doi 10.1016/j.compbiomed.2024.108414.
