@@ -65,8 +65,8 @@ WHOLE_GRADIENT_COLUMNS: tl.constexpr = tl.constexpr(ops.WHOLE_GRADIENT_COLUMNS)
 BY_REST: tl.constexpr = tl.constexpr(ops.BY_REST)
 GEOMETRY_COLUMNS: tl.constexpr = tl.constexpr(ops.GEOMETRY_COLUMNS)
 SIZE: tl.constexpr = tl.constexpr(ops.SIZE)
-# One warp, for two reasons: it reduces without barriers, and all its threads see one slot of the hash table alike. A soft
-# output has four numbers a voxel to keep instead of one; in a block of 256, some would not fit the registers.
+# One warp, for two reasons: it reduces without barriers, and all its threads see one slot of the hash table alike. A
+# soft output has four numbers a voxel to keep instead of one; in a block of 256, some would not fit the registers.
 SUMS_BLOCK, SOFT_SUMS_BLOCK, SUMS_WARPS = 256, 128, 1
 THREADS: tl.constexpr = tl.constexpr(32 * SUMS_WARPS)
 GRADIENT_BLOCK = 512
