@@ -1,4 +1,4 @@
-"""Sums of the activated output over instances, the pairs that touch, and the gradient of all sums in x.
+"""Sums of the activated output over instances, and the gradient of all sums in x.
 
 At a voxel: a the activated output, y its label, o and l the rows of its output and label instance (0 = none), inside
 = (1 <= o <= kept), phi(a, w) the quantity of the criterion. Then (columns as in ops.py)
@@ -10,10 +10,9 @@ At a voxel: a the activated output, y its label, o and l the rows of its output 
 with e = phi(a s, 0) [y = 0], s = a held constant, c = phi(a, 1); without no_tp e = phi(a, 0), c = phi(a, 1) - phi(a,
 0). All voxels of a block with the same pair (o, l) go the same way, so the block adds up by pairs: while lanes
 remain, take the largest pair, reduce a, phi(a, 0), phi(a, 1) and e over its lanes, send scalar atomics to both rows,
-drop those lanes. If the pair touches, it goes into a hash table of one sample (linear probing; a slot is taken by
-compare-and-swap, never freed). A second kernel looks up which rows touch: the sizes of the labels of an output become
-its LABEL, and the excess of the outputs of a label is added to its COST. Before both, one kernel clears the rows that
-are used, and the hash table. Outputs beyond the tables, the rest, leave but a flag each: whether they touch a label.
+drop those lanes. If the pair touches, it is noted (pairs.py), and a second kernel adds what rows that touch bring each
+other. Before both, one kernel clears the rows that are used, and the pairs. Outputs beyond the tables, the rest, leave
+but a flag each: whether they touch a label.
 
 Backward, G the gradients of the tables, phi' the derivative in a:
 
@@ -22,10 +21,9 @@ Backward, G the gradients of the tables, phi' the derivative in a:
        + G_s.BY_REST / |o| where o is of the rest and touches no label,
 
 with e' = phi'(a a, 0) a [y = 0], c' = phi'(a, 1); without no_tp e' = phi'(a, 0), c' = phi'(a, 1) - phi'(a, 0), and
-E_o the sum of G_l.COST over the labels that o touches, looked up once more. It goes on to the volume x
-that was activated, together with that of the pixel term, du = G_p.0 w + G_p.1 phi'(u, w) for the u and w of
-activation.py and the pixel term's own phi. With s = p (1 - p), p = sigmoid(x), where the activation is a sigmoid, else
-s = 1:
+E_o the sum of G_l.COST over the labels that o touches. It goes on to the volume x that was activated, together with
+that of the pixel term, du = G_p.0 w + G_p.1 phi'(u, w) for the u and w of activation.py and the pixel term's own phi.
+With s = p (1 - p), p = sigmoid(x), where the activation is a sigmoid, else s = 1:
 
     dx = da s + du s       if the pixel term sees the probability or the hard output,
     dx = da s + du         if it sees x itself; without du if it is not fused.
@@ -33,7 +31,6 @@ s = 1:
 phi is computed in the precision of a (forward, float32 for a hard a) or of x (backward), and added in float64.
 Deterministic where the values are integers, as for a hard a; otherwise atomics add in any order, which shows in the
 last bits of a float64, unless PyTorch is asked to be deterministic: then one program goes over the blocks of a sample.
-What neighbours bring is added in the order of rows, by looking each pair up, since the order of the hash table is any.
 Bytes a voxel: forward 8, and x where that is a. Backward 8, x where the formulas want it (not for a given probability
 that no pixel term sees), the labels where the pixel term sees them, and one gradient written.
 """
@@ -46,39 +43,27 @@ from torch import Tensor
 from .. import ops
 from .activation import NONE, NOT_FUSED, RAW, SIGMOID, probability, seen_by_pixel
 from .blocks import adding_programs, block_size, table_programs
+from .pairs import SUMS_WARPS, insert_pair, sum_neighbours, sum_neighbours_backward
 from .quantities import phi, phi_derivative, sum_where
 
 MASS: tl.constexpr = tl.constexpr(ops.MASS)
 INTERSECTION: tl.constexpr = tl.constexpr(ops.INTERSECTION)
 COST: tl.constexpr = tl.constexpr(ops.COST)
-LABEL: tl.constexpr = tl.constexpr(ops.LABEL)
 TOUCHED: tl.constexpr = tl.constexpr(ops.TOUCHED)
 OVERLAP: tl.constexpr = tl.constexpr(ops.OVERLAP)
 COLUMNS: tl.constexpr = tl.constexpr(ops.SUMS_COLUMNS)
 SAMPLE_COLUMNS: tl.constexpr = tl.constexpr(ops.SAMPLE_COLUMNS)
 OUTPUTS: tl.constexpr = tl.constexpr(ops.OUTPUTS)
-KEPT: tl.constexpr = tl.constexpr(ops.KEPT)
 LABELS: tl.constexpr = tl.constexpr(ops.LABELS)
 GRADIENT_COLUMNS: tl.constexpr = tl.constexpr(ops.GRADIENT_COLUMNS)
 SAMPLE_GRADIENT_COLUMNS: tl.constexpr = tl.constexpr(ops.SAMPLE_GRADIENT_COLUMNS)
 WHOLE_GRADIENT_COLUMNS: tl.constexpr = tl.constexpr(ops.WHOLE_GRADIENT_COLUMNS)
 BY_REST: tl.constexpr = tl.constexpr(ops.BY_REST)
-GEOMETRY_COLUMNS: tl.constexpr = tl.constexpr(ops.GEOMETRY_COLUMNS)
-SIZE: tl.constexpr = tl.constexpr(ops.SIZE)
-# One warp, for two reasons: it reduces without barriers, and all its threads see one slot of the hash table alike. A
-# soft output has four numbers a voxel to keep instead of one; in a block of 256, some would not fit the registers.
-SUMS_BLOCK, SOFT_SUMS_BLOCK, SUMS_WARPS = 256, 128, 1
-THREADS: tl.constexpr = tl.constexpr(32 * SUMS_WARPS)
+# For one warp (pairs.py), which reduces without barriers. A soft output has four numbers a voxel to keep instead of
+# one; in a block of 256, some would not fit the registers.
+SUMS_BLOCK, SOFT_SUMS_BLOCK = 256, 128
 GRADIENT_BLOCK = 512
 CLEAR_BLOCK = 256
-# One lane a thread of two warps: a sample rarely has more labels or kept outputs.
-NEIGHBOURS_BLOCK, NEIGHBOURS_WARPS = 64, 2
-PARTS_BLOCK = 512
-# Odd multipliers with well spread bits (from the golden ratio and from MurmurHash3), below 2^32, so that a product with
-# a row stays below 2^63. The low bits of a product are the worst mixed.
-OUT_FACTOR: tl.constexpr = tl.constexpr(0x9E3779B1)
-LAB_FACTOR: tl.constexpr = tl.constexpr(0x85EBCA6B)
-HASH_SHIFT: tl.constexpr = tl.constexpr(15)
 
 
 @triton.jit
@@ -119,23 +104,6 @@ def _clear_kernel(
     for first in range(start, tl.minimum(beyond, rest), step):
         row = first + tl.arange(0, BLOCK)
         tl.store(touched_ptr + sample * rest + row, tl.zeros((BLOCK,), tl.int1), mask=row < rest)
-
-
-@triton.jit
-def _insert_pair(pairs_ptr, out, lab, slots):
-    """Put a pair of rows into the hash table of `slots` (a power of two), unless it is there or the table is full."""
-    key = (out << 32) | lab
-    slot = (((out * OUT_FACTOR) ^ (lab * LAB_FACTOR)) >> HASH_SHIFT) & (slots - 1)
-    empty = tl.zeros((THREADS,), tl.int64)
-    probes = 0
-    while probes < slots:
-        found = tl.load(pairs_ptr + slot)
-        if found == 0:
-            # All threads try to take the slot: Triton up to 3.4 can't assemble a scalar compare-and-swap of 64 bits.
-            # If one of them did, the next ones found the key there.
-            found = tl.max(tl.atomic_cas(pairs_ptr + slot + empty, empty, empty + key, sem="relaxed"), axis=0)
-        probes = tl.where(found == key, slots, probes + 1)
-        slot = (slot + 1) & (slots - 1)
 
 
 @triton.jit
@@ -209,7 +177,7 @@ def _sum_instances_kernel(
                     tl.atomic_add(row_ptr + INTERSECTION, mass, sem="relaxed")
                     tl.atomic_add(row_ptr + COST, cost_1 if NO_TP else cost_1 - cost_0, sem="relaxed")
                     tl.atomic_add(row_ptr + OVERLAP, count, sem="relaxed")
-                    _insert_pair(pairs_ptr + sample * pair_capacity, out, lab, pair_capacity)
+                    insert_pair(pairs_ptr + sample * pair_capacity, out, lab, pair_capacity)
             key = tl.where(here, 0, key)
 
 
@@ -296,97 +264,6 @@ def _sum_instances_backward_kernel(
     tl.store(grad_x_ptr + index, grad.to(x.dtype), mask=in_volume)
 
 
-@triton.jit
-def _touching(pairs_ptr, out, lab, here, slots):
-    """Which pairs of rows, counted from 0, are in the hash table, of those that are `here`."""
-    out, lab = out.to(tl.int64) + 1, lab.to(tl.int64) + 1
-    key = (out << 32) | lab
-    slot = (((out * OUT_FACTOR) ^ (lab * LAB_FACTOR)) >> HASH_SHIFT) & (slots - 1)
-    found = tl.zeros_like(key)
-    searching = here.to(tl.int32)
-    probes = 0
-    while (tl.max(searching, axis=0) > 0) & (probes < slots):
-        at = tl.load(pairs_ptr + slot, mask=searching > 0, other=0)
-        found = tl.where(at == key, key, found)
-        searching = tl.where((at == key) | (at == 0), 0, searching)
-        slot = (slot + 1) & (slots - 1)
-        probes += 1
-    return found > 0
-
-
-@triton.jit
-def _sum_neighbours_kernel(
-    pairs_ptr,  # (B, slots) int64
-    geometry_ptr,  # (2 B, capacity, 10) int64
-    excess_ptr,  # (B, capacity) float64
-    counts_ptr,  # (3, B) int32
-    parts_ptr,  # (B, parts, 3) float64: of the sums of a sample
-    sums_ptr,  # (2 B, capacity, 5) float64
-    sample_sums_ptr,  # (B, 3) float64
-    parts,
-    slots,
-    capacity,
-    PARTS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    sample = tl.program_id(1).to(tl.int64)
-    B = tl.num_programs(1)
-    kept, num_labels = tl.load(counts_ptr + KEPT * B + sample), tl.load(counts_ptr + LABELS * B + sample)
-    if tl.program_id(0) == 0:
-        read = tl.where((kept == 0) | (num_labels == 0), parts, 0)  # elsewhere nobody asks for them
-        for column in tl.static_range(SAMPLE_COLUMNS):
-            total = tl.zeros((PARTS,), tl.float64)
-            for first in range(0, read, PARTS):
-                part = first + tl.arange(0, PARTS)
-                at = (sample * parts + part) * SAMPLE_COLUMNS + column
-                total += tl.load(parts_ptr + at, mask=part < parts, other=0.0)
-            tl.store(sample_sums_ptr + sample * SAMPLE_COLUMNS + column, tl.sum(total, axis=0))
-    pairs_ptr += sample * slots
-    excess_ptr += sample * capacity
-    labels_ptr = geometry_ptr + (B + sample) * capacity * GEOMETRY_COLUMNS
-    kept, num_labels = tl.minimum(kept, capacity), tl.minimum(num_labels, capacity)
-    for row in range(tl.program_id(0), kept, tl.num_programs(0)):
-        sizes = tl.zeros((BLOCK,), tl.int64)
-        for first in range(0, num_labels, BLOCK):
-            lab = first + tl.arange(0, BLOCK)
-            here = _touching(pairs_ptr, row + lab * 0, lab, lab < num_labels, slots)
-            sizes += tl.load(labels_ptr + lab * GEOMETRY_COLUMNS + SIZE, mask=here, other=0)
-        row_ptr = sums_ptr + (sample * capacity + row) * COLUMNS
-        tl.store(row_ptr + LABEL, tl.sum(sizes, axis=0).to(tl.float64))
-    for row in range(tl.program_id(0), num_labels, tl.num_programs(0)):
-        brought = tl.zeros((BLOCK,), tl.float64)
-        for first in range(0, kept, BLOCK):
-            out = first + tl.arange(0, BLOCK)
-            here = _touching(pairs_ptr, out, row + out * 0, out < kept, slots)
-            brought += tl.load(excess_ptr + out, mask=here, other=0.0)
-        row_ptr = sums_ptr + ((B + sample) * capacity + row) * COLUMNS
-        tl.store(row_ptr + COST, tl.load(row_ptr + COST) + tl.sum(brought, axis=0))
-
-
-@triton.jit
-def _sum_neighbours_backward_kernel(
-    pairs_ptr,  # (B, slots) int64
-    grad_lab_sums_ptr,  # (B, capacity, 3) float64
-    counts_ptr,  # (3, B) int32
-    grad_excess_ptr,  # (B, capacity) float64
-    slots,
-    capacity,
-    BLOCK: tl.constexpr,
-):
-    sample = tl.program_id(1).to(tl.int64)
-    B = tl.num_programs(1)
-    outputs, kept = tl.load(counts_ptr + OUTPUTS * B + sample), tl.load(counts_ptr + KEPT * B + sample)
-    num_labels = tl.minimum(tl.load(counts_ptr + LABELS * B + sample), capacity)
-    grad_lab_sums_ptr += sample * capacity * GRADIENT_COLUMNS
-    for row in range(tl.program_id(0), tl.minimum(outputs, capacity), tl.num_programs(0)):
-        brought = tl.zeros((BLOCK,), tl.float64)
-        for first in range(0, tl.where(row < kept, num_labels, 0), BLOCK):
-            lab = first + tl.arange(0, BLOCK)
-            here = _touching(pairs_ptr + sample * slots, row + lab * 0, lab, lab < num_labels, slots)
-            brought += tl.load(grad_lab_sums_ptr + lab * GRADIENT_COLUMNS + COST, mask=here, other=0.0)
-        tl.store(grad_excess_ptr + sample * capacity + row, tl.sum(brought, axis=0))
-
-
 def launch_sum_instances(
     x: Tensor,
     sites: list[Tensor],
@@ -422,10 +299,7 @@ def launch_sum_instances(
                 x, *sites[0].chunk(2), counts[ops.KEPT], out_sums, lab_sums, excess, parts, pairs, touched,
                 num_voxels, capacity, pair_capacity, rest, quantity, no_tp, activation, block, num_warps=SUMS_WARPS,
             )  # fmt: skip
-        _sum_neighbours_kernel[(table_programs(capacity), batch)](
-            pairs, geometry, excess, counts, parts, sums, sample_sums, blocks, pair_capacity, capacity,
-            block_size(blocks, PARTS_BLOCK), block_size(capacity, NEIGHBOURS_BLOCK), num_warps=NEIGHBOURS_WARPS,
-        )  # fmt: skip
+        sum_neighbours(pairs, geometry, excess, counts, parts, sums, sample_sums)
     return sums, sample_sums, pairs, touched
 
 
@@ -449,13 +323,9 @@ def launch_sum_instances_backward(
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel() == 0:
         return grad_x
-    batch, capacity, slots, num_voxels = len(x), grad_sums.shape[1], pairs.shape[1], x[0].numel()
+    batch, capacity, num_voxels = len(x), grad_sums.shape[1], x[0].numel()
     grad_out_sums, grad_lab_sums = grad_sums.chunk(2)
-    grad_excess = torch.empty((batch, capacity), dtype=torch.float64, device=x.device)
-    _sum_neighbours_backward_kernel[(table_programs(capacity), batch)](
-        pairs, grad_lab_sums, counts, grad_excess, slots, capacity, block_size(capacity, NEIGHBOURS_BLOCK),
-        num_warps=NEIGHBOURS_WARPS,
-    )  # fmt: skip
+    grad_excess = sum_neighbours_backward(pairs, grad_lab_sums, counts)
     block = block_size(num_voxels, GRADIENT_BLOCK)
     _sum_instances_backward_kernel[(triton.cdiv(num_voxels, block), batch)](
         grad_out_sums, grad_lab_sums, grad_excess, grad_sample_sums, grad_pixel_sums,
