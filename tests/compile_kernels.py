@@ -11,6 +11,7 @@ import importlib
 import itertools
 import json
 import multiprocessing
+import pkgutil
 import re
 import subprocess
 import sys
@@ -76,8 +77,9 @@ ACTIVATIONS = [
 
 def rooms():
     """The modules of `kernels/`."""
-    names = sorted(path.stem for path in (ROOT / "kernels").glob("*.py"))
-    return {name: importlib.import_module(f"triton_instance_loss.kernels.{name}") for name in names}
+    package = importlib.import_module("triton_instance_loss.kernels")  # wherever it is installed
+    names = sorted(module.name for module in pkgutil.iter_modules(package.__path__))
+    return {name: importlib.import_module(f"{package.__name__}.{name}") for name in names}
 
 
 def kernels():
