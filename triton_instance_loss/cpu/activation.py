@@ -132,7 +132,10 @@ def what_truth_changes(formula: Formula, u: Tensor, w: Tensor, pixel: int, quant
     """A formula at the foreground, less what `pixel_sums` and `pixel_gradient` count for all voxels."""
     if pixel != HARD and quantity in (MASS, SQUARE):
         return torch.zeros_like(u)
-    return formula(quantity, u, w) - formula(quantity, torch.zeros_like(u) if pixel == HARD else u, 0.0)
+    if pixel == HARD:
+        return formula(quantity, u, w) - formula(quantity, torch.zeros_like(u), 0.0)
+    # Without truth nothing changes, even where both are infinite.
+    return (formula(quantity, u, w) - formula(quantity, u, 0.0)).masked_fill(w == 0, 0.0)
 
 
 def pixel_gradient(grads: Tensor, x: Tensor, activation: int, pixel: int, quantity: int) -> Tensor:
