@@ -28,21 +28,8 @@ OVERALL = {
     "false_per_image": "false an image",
 }
 AT = 0.2  # false outputs an image at which runs are compared, whatever the threshold
-THRESHOLDS = (
-    0.3,
-    0.4,
-    0.5,
-    0.6,
-    0.7,
-    0.8,
-    0.9,
-    0.95,
-    0.98,
-    0.99,
-    0.995,
-    0.998,
-    0.999,
-)  # below, outputs may run together into one
+# Below these, outputs may run together into one.
+THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999)
 # Okabe and Ito's colours, which colour-blind readers tell apart.
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#56B4E9", "#009E73", "#CC79A7", "#E69F00", "#999999")
 

@@ -14,12 +14,13 @@ from .. import checks, ops
 from .activation import launch_activate
 from .blocks import block_size
 from .components import find_instances, launch_number_instances
+from .quantities import PARTS_BLOCK, sum_parts
 
 OUTPUTS: tl.constexpr = tl.constexpr(ops.OUTPUTS)
 KEPT: tl.constexpr = tl.constexpr(ops.KEPT)
 LABELS: tl.constexpr = tl.constexpr(ops.LABELS)
 SAMPLE_COLUMNS: tl.constexpr = tl.constexpr(ops.SAMPLE_COLUMNS)
-PARTS_BLOCK = 512
+PART_COLUMNS: tl.constexpr = tl.constexpr(ops.SAMPLE_COLUMNS + 1)
 
 
 @triton.jit
@@ -48,19 +49,12 @@ def _finish_kernel(
     tl.store(counts_ptr + LABELS * B + sample, labels)
 
     for column in tl.static_range(SAMPLE_COLUMNS):
-        total = tl.zeros((BLOCK,), tl.float64)
-        for first in range(0, programs, BLOCK):
-            part = first + tl.arange(0, BLOCK)
-            at = (sample * programs + part) * (SAMPLE_COLUMNS + 1) + column
-            total += tl.load(parts_ptr + at, mask=part < programs, other=0.0)
-        tl.store(sums_ptr + sample * SAMPLE_COLUMNS + column, tl.sum(total, axis=0))
+        part_ptr = parts_ptr + sample * programs * PART_COLUMNS + column
+        total = sum_parts(part_ptr, programs, PART_COLUMNS, BLOCK)
+        tl.store(sums_ptr + sample * SAMPLE_COLUMNS + column, total)
     if sample == 0:  # one health for the batch
-        health = tl.zeros((BLOCK,), tl.float64)
-        for first in range(0, B * programs, BLOCK):
-            part = (first + tl.arange(0, BLOCK)).to(tl.int64)
-            at = part * (SAMPLE_COLUMNS + 1) + SAMPLE_COLUMNS
-            health += tl.load(parts_ptr + at, mask=part < B * programs, other=0.0)
-        tl.store(health_ptr, 1.0 + tl.sum(health, axis=0))
+        broken = sum_parts(parts_ptr + SAMPLE_COLUMNS, B * programs, PART_COLUMNS, BLOCK)
+        tl.store(health_ptr, 1.0 + broken)
 
 
 def launch_find(

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from .. import ops
 from .blocks import block_size, table_programs
+from .quantities import PARTS_BLOCK, sum_parts
 
 COST: tl.constexpr = tl.constexpr(ops.COST)
 LABEL: tl.constexpr = tl.constexpr(ops.LABEL)
@@ -38,7 +39,6 @@ SUMS_WARPS = 1
 THREADS: tl.constexpr = tl.constexpr(32 * SUMS_WARPS)
 # One lane a thread of two warps: a sample rarely has more labels or kept outputs.
 NEIGHBOURS_BLOCK, NEIGHBOURS_WARPS = 64, 2
-PARTS_BLOCK = 512
 # Odd multipliers with well spread bits (from the golden ratio and from MurmurHash3), below 2^32, so that a product with
 # a row stays below 2^63. The low bits of a product are the worst mixed.
 OUT_FACTOR: tl.constexpr = tl.constexpr(0x9E3779B1)
@@ -47,10 +47,15 @@ HASH_SHIFT: tl.constexpr = tl.constexpr(15)
 
 
 @triton.jit
+def _key_and_slot(out, lab, slots):
+    """What stands for a pair of rows, counted from 1 in int64, and in which of the slots it is looked for first."""
+    return (out << 32) | lab, (((out * OUT_FACTOR) ^ (lab * LAB_FACTOR)) >> HASH_SHIFT) & (slots - 1)
+
+
+@triton.jit
 def insert_pair(pairs_ptr, out, lab, slots):
     """Put a pair of rows into the hash table of `slots` (a power of two), unless it is there or the table is full."""
-    key = (out << 32) | lab
-    slot = (((out * OUT_FACTOR) ^ (lab * LAB_FACTOR)) >> HASH_SHIFT) & (slots - 1)
+    key, slot = _key_and_slot(out, lab, slots)
     empty = tl.zeros((THREADS,), tl.int64)
     probes = 0
     while probes < slots:
@@ -66,9 +71,7 @@ def insert_pair(pairs_ptr, out, lab, slots):
 @triton.jit
 def _touching(pairs_ptr, out, lab, here, slots):
     """Which pairs of rows, counted from 0, are in the hash table, of those that are `here`."""
-    out, lab = out.to(tl.int64) + 1, lab.to(tl.int64) + 1
-    key = (out << 32) | lab
-    slot = (((out * OUT_FACTOR) ^ (lab * LAB_FACTOR)) >> HASH_SHIFT) & (slots - 1)
+    key, slot = _key_and_slot(out.to(tl.int64) + 1, lab.to(tl.int64) + 1, slots)
     found = tl.zeros_like(key)
     searching = here.to(tl.int32)
     probes = 0
@@ -102,12 +105,9 @@ def _sum_neighbours_kernel(
     if tl.program_id(0) == 0:
         read = tl.where((kept == 0) | (num_labels == 0), parts, 0)  # elsewhere nobody asks for them
         for column in tl.static_range(SAMPLE_COLUMNS):
-            total = tl.zeros((PARTS,), tl.float64)
-            for first in range(0, read, PARTS):
-                part = first + tl.arange(0, PARTS)
-                at = (sample * parts + part) * SAMPLE_COLUMNS + column
-                total += tl.load(parts_ptr + at, mask=part < parts, other=0.0)
-            tl.store(sample_sums_ptr + sample * SAMPLE_COLUMNS + column, tl.sum(total, axis=0))
+            part_ptr = parts_ptr + sample * parts * SAMPLE_COLUMNS + column
+            total = sum_parts(part_ptr, read, SAMPLE_COLUMNS, PARTS)
+            tl.store(sample_sums_ptr + sample * SAMPLE_COLUMNS + column, total)
     pairs_ptr += sample * slots
     excess_ptr += sample * capacity
     labels_ptr = geometry_ptr + (B + sample) * capacity * GEOMETRY_COLUMNS

@@ -21,6 +21,8 @@ MASS: tl.constexpr = tl.constexpr(quantities.MASS)
 SQUARE: tl.constexpr = tl.constexpr(quantities.SQUARE)
 ABSOLUTE_ERROR: tl.constexpr = tl.constexpr(quantities.ABSOLUTE_ERROR)
 SQUARED_ERROR: tl.constexpr = tl.constexpr(quantities.SQUARED_ERROR)
+# Four parts a thread of four warps, Triton's default.
+PARTS_BLOCK = 512
 
 
 @triton.jit
@@ -71,3 +73,13 @@ def truth(w, QUANTITY: tl.constexpr):
 def sum_where(value, here):
     """Sum of the lanes `here`, in float64."""
     return tl.sum(tl.where(here, value.to(tl.float64), 0.0), axis=0)
+
+
+@triton.jit
+def sum_parts(parts_ptr, parts, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
+    """Sum of a column of a table (parts, COLUMNS) float64, of which each program wrote a line; in a fixed order."""
+    total = tl.zeros((BLOCK,), tl.float64)
+    for first in range(0, parts, BLOCK):
+        part = (first + tl.arange(0, BLOCK)).to(tl.int64)
+        total += tl.load(parts_ptr + part * COLUMNS, mask=part < parts, other=0.0)
+    return tl.sum(total, axis=0)
