@@ -1,5 +1,6 @@
 """Centre boxes on the CPU: `center_volumes` and `center_overlaps` of ops.py."""
 
+import itertools
 import math
 from typing import Any, NamedTuple
 
@@ -20,14 +21,11 @@ class _Boxes(NamedTuple):
     lows: Indices
     highs: Indices
 
-    def paint(self, shape: Any) -> NDArray[Any]:
-        """Row (from 1) of the last box that covers a voxel, 0 = none."""
-        # Bytes where they do: memory is what takes time.
-        owner = np.zeros(shape, dtype=np.min_scalar_type(len(self.lows)))
+    def paint(self, owner: NDArray[Any]) -> None:
+        """Write the row (from 1) of each box over the voxels it covers, so that the last one stays."""
         corners = zip(self.lows.tolist(), self.highs.tolist(), strict=True)
         for row, ((d, h, w), (to_d, to_h, to_w)) in enumerate(corners, start=1):
             owner[d:to_d, h:to_h, w:to_w] = row
-        return owner
 
 
 def _sides(geometry: Tensor, counts: Tensor, shape: list[int], offsets: list[int]) -> list[_Boxes]:
@@ -42,15 +40,17 @@ def _sides(geometry: Tensor, counts: Tensor, shape: list[int], offsets: list[int
 
 def center_volumes(geometry: Tensor, counts: Tensor, shape: list[int], offsets: list[int]) -> tuple[Tensor, Tensor]:
     """Operator `center_volumes` (ops.py)."""
-    painted = [boxes.paint(shape) for boxes in _sides(geometry, counts, shape, offsets)]
-    batch = counts.shape[1]
-    owners = [torch.from_numpy(owner.astype(np.int32)) for owner in painted[:batch]]
-    return torch.stack(owners), torch.stack([torch.from_numpy(owner > 0) for owner in painted[batch:]])
+    sides = _sides(geometry, counts, shape, offsets)
+    owners = np.zeros((len(sides), *shape), dtype=np.int32)
+    for boxes, owner in zip(sides, owners, strict=True):
+        boxes.paint(owner)
+    of_outputs, of_labels = torch.from_numpy(owners).chunk(2)
+    return of_outputs, of_labels > 0
 
 
 def _windows(owner: NDArray[Any], shape: list[int], window: NDArray[np.int64]) -> NDArray[Any]:
     """The window that begins at each voxel; NumPy's own function for this costs as much as the rest."""
-    return np.lib.stride_tricks.as_strided(owner, (*shape, *window), owner.strides * 2, writeable=False)
+    return np.lib.stride_tricks.as_strided(owner, (*shape, *window), owner.strides * 2)
 
 
 def center_overlaps(geometry: Tensor, counts: Tensor, shape: list[int], offsets: list[int]) -> Tensor:
@@ -59,14 +59,23 @@ def center_overlaps(geometry: Tensor, counts: Tensor, shape: list[int], offsets:
     # Each box is seen through a window as large as a whole box, for which there is room wherever a box begins.
     window = np.minimum(2 * np.array(offsets) + 1, shape)
     at_once = max(1, VOXELS_AT_ONCE // math.prod(window.tolist()))
-    views = [_windows(boxes.paint(shape + window), shape, window) for boxes in sides]
     owned = np.zeros((*geometry.shape[:2], 2), dtype=np.int64)
-    for side, (boxes, owner) in enumerate(zip(sides, views, strict=True)):
-        other = views[(side + len(sides) // 2) % len(sides)]
-        for start in range(0, len(boxes.lows), at_once):
-            corners = tuple(boxes.lows[start : start + at_once].T)
-            rows = np.arange(start, start + len(corners[0]))
-            mine = owner[corners] == rows[:, None, None, None] + 1
-            inside = (mine & (other[corners] > 0)).sum((1, 2, 3))
-            owned[side, rows] = np.stack((mine.sum((1, 2, 3)) - inside, inside), axis=1)
+    batch = len(sides) // 2
+    for sample in range(batch):
+        pair = sides[sample::batch]
+        # Bytes where they do, and cleared only where they are looked at: touching memory is what takes time.
+        owners = [np.empty(shape + window, dtype=np.min_scalar_type(len(boxes.lows))) for boxes in pair]
+        views = [_windows(owner, shape, window) for owner in owners]
+        for view, boxes in itertools.product(views, pair):
+            view[tuple(boxes.lows.T)] = 0
+        for owner, boxes in zip(owners, pair, strict=True):
+            boxes.paint(owner)
+        for side, boxes in enumerate(pair):
+            mine, other = views[side], views[1 - side]
+            for start in range(0, len(boxes.lows), at_once):
+                corners = tuple(boxes.lows[start : start + at_once].T)
+                rows = np.arange(start, start + len(corners[0]))
+                own = mine[corners] == rows[:, None, None, None] + 1
+                inside = (own & (other[corners] > 0)).sum((1, 2, 3))
+                owned[sample + side * batch, rows] = np.stack((own.sum((1, 2, 3)) - inside, inside), axis=1)
     return torch.from_numpy(owned)
