@@ -127,10 +127,7 @@ def _label(runs: _Runs, shape: tuple[int, ...]) -> Indices:
 
 
 def _join(runs: _Runs, shape: tuple[int, ...]) -> Indices:
-    """Name the components of runs: those that touch are the edges of a graph."""
-    from scipy.sparse import coo_matrix
-    from scipy.sparse.csgraph import connected_components
-
+    """Name the components of runs."""
     _, depth, height, width = shape
     sample, d, h, w = runs.at
     # With free places behind each line, plane and volume, a run that is moved or widened never reaches around an end.
@@ -155,10 +152,27 @@ def _join(runs: _Runs, shape: tuple[int, ...]) -> Indices:
             tails.append(tail)
             more = firsts[tail + 1] <= reach_to[head]
             head, tail = head[more], tail[more] + 1
-    head, tail = np.concatenate(heads), np.concatenate(tails)
-    graph = coo_matrix((np.ones(len(head)), (head, tail)), shape=(len(first), len(first)))
-    names: Indices = connected_components(graph, directed=False)[1].astype(np.int64)
-    return names
+    root = _roots(np.concatenate(heads), np.concatenate(tails), len(first))
+    is_root = root == np.arange(len(root))
+    return (np.cumsum(is_root) - 1)[root]
+
+
+def _roots(low: Indices, high: Indices, count: int) -> Indices:
+    """One of each component of a graph of `count` nodes, by node, from edges between a lower and a higher node."""
+    root = np.arange(count)
+    while len(low):
+        # Each node takes a higher neighbour, of several the last one named, then what that leads to in the end.
+        root[low] = high
+        while not np.array_equal(further := root[root], root):
+            root = further
+        # Edges between those that are left, by their higher end: that no node stays alone for many rounds.
+        one, other = root[low], root[high]
+        apart = np.flatnonzero(one != other)
+        one, other = one[apart], other[apart]
+        low, high = np.minimum(one, other), np.maximum(one, other)
+        order = np.argsort(high, kind="stable")
+        low, high = low[order], high[order]
+    return root
 
 
 def _largest_voxel(runs: _Runs, names: Indices) -> Indices:
