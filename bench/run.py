@@ -137,6 +137,7 @@ def main(given: list[str] | None = None) -> None:
         return
     device = torch.device(options.device)
     measure.use_threads(options.threads)
+    measure.keep_memory()
     setup = Setup(device, published.load(options.reference) if options.reference else None)
     surroundings = measure.surroundings(device)
     out = options.out or (None if options.tiny else measure.ROOT / "bench" / "results" / f"{device.type}.jsonl")

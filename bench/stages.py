@@ -289,6 +289,7 @@ def main(given: list[str] | None = None) -> None:
         sys.exit("--profile needs --device cuda.")
     device = torch.device(options.device)
     measure.use_threads()
+    measure.keep_memory()
     surroundings = measure.surroundings(device)
     rows = table(device, options.side, options.batch)
     show(rows)
