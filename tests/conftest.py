@@ -5,7 +5,6 @@ import importlib
 import importlib.util
 import os
 
-import numpy as np
 import torch
 
 if not torch.cuda.is_available():
@@ -79,19 +78,8 @@ def gpu_blocks(monkeypatch):
 
 
 @pytest.fixture(params=[0, 1])
-def any_order(request, monkeypatch, gpu_blocks):
-    """Programs as on a GPU, run in a random order: first or last, none of them may count on another one."""
+def interleaved(request, monkeypatch, gpu_blocks):
+    """Programs as on a GPU, several at once: none of them may count on another one, nor on its own lanes."""
     if torch.cuda.is_available():
-        pytest.skip("a GPU has its own order")
-    builder = importlib.import_module("triton.runtime.interpreter").interpreter_builder
-    set_grid_idx, random = builder.set_grid_idx, np.random.default_rng(request.param)
-    orders = {}
-
-    def shuffled(x, y, z):
-        grid = tuple(builder.grid_dim)
-        if (x, y, z) == (0, 0, 0):
-            orders[grid] = random.permutation(int(np.prod(grid)))
-        index = orders[grid][np.ravel_multi_index((x, y, z), grid)]
-        set_grid_idx(*map(int, np.unravel_index(index, grid)))
-
-    monkeypatch.setattr(builder, "set_grid_idx", shuffled)
+        pytest.skip("a GPU runs its programs at once by itself")
+    return importlib.import_module("interleaving").Interleaving(monkeypatch, request.param)

@@ -226,15 +226,15 @@ def test_activate_at_gpu_block_sizes():
     assert activate(x, labels, SIGMOID, 0.5, RAW, 3)[3].isnan()
 
 
-@pytest.mark.usefixtures("any_order")
-def test_activate_in_any_order_is_the_same():
+@pytest.mark.usefixtures("interleaved")
+def test_activate_at_once_is_the_same():
     x, labels = random_volumes((2, 9, 17, 13), torch.float32, torch.float32)
     results = [activate(x, labels, SIGMOID, 0.5, PROBABILITY, 3) for _ in range(2)]
     assert_same(*results)
     assert_activate(x, labels, SIGMOID, 0.5, PROBABILITY, 3)
 
 
-@pytest.mark.usefixtures("any_order")
+@pytest.mark.usefixtures("interleaved")
 @pytest.mark.parametrize("broken", [False, True])
 def test_find_adds_up_what_programs_wrote(monkeypatch, broken):
     """Sums of the pixel term, health and counts of several programs a sample, in several steps."""

@@ -142,8 +142,8 @@ def test_centers_of_many(case, monkeypatch):
     assert_many(monkeypatch, *case)
 
 
-@pytest.mark.usefixtures("any_order")
-def test_centers_of_many_in_any_order(monkeypatch):
+@pytest.mark.usefixtures("interleaved")
+def test_centers_of_many_at_once(monkeypatch):
     assert_many(monkeypatch, *CROWDS[0])
 
 

@@ -100,8 +100,8 @@ def test_bounded_components_end_early():
 
 
 @pytest.mark.parametrize("name", ["comb", "spiral"])
-@pytest.mark.usefixtures("any_order")
-def test_components_in_any_order(name):
+@pytest.mark.usefixtures("interleaved")
+def test_components_at_once(name):
     mask = torch.from_numpy(patterns()[name])[None].to(DEVICE)
     ids = components.launch_components(mask, 0)
     assert_same([ids], [plain_ids(mask)])
@@ -183,7 +183,7 @@ def test_rounds_of_pooling_leave_no_roots():
     assert geometry[0, :5, 0].tolist() == [1, 1, 1, 1, 2]
 
 
-@pytest.mark.usefixtures("small_blocks", "any_order")
+@pytest.mark.usefixtures("small_blocks", "interleaved")
 def test_root_far_from_its_voxels():
     mask = torch.zeros(2, 1, 8, 31, dtype=torch.bool, device=DEVICE)
     mask[1, 0, 0] = mask[1, 0, :, 30] = True  # most are in the first block, the root is the last voxel of all
@@ -217,8 +217,8 @@ def test_numbering_in_many_blocks(shape, rounds, min_size):
 
 
 @pytest.mark.parametrize(("rounds", "min_size"), NUMBERINGS)
-@pytest.mark.usefixtures("small_blocks", "any_order")
-def test_numbering_in_any_order(rounds, min_size):
+@pytest.mark.usefixtures("small_blocks", "interleaved")
+def test_numbering_at_once(rounds, min_size):
     assert_numbered((2, 3, 7, 9), rounds, min_size)
 
 

@@ -154,8 +154,8 @@ def test_sums_at_gpu_block_sizes():
     assert_sums(random_case((2, 5, 11, 13), torch.float32), 3, True, 3e-6)
 
 
-@pytest.mark.usefixtures("any_order")
-def test_sums_in_any_order():
+@pytest.mark.usefixtures("interleaved")
+def test_sums_at_once():
     assert_sums(random_case((2, 5, 11, 13), torch.bool), 0, True, 0.0)
 
 
@@ -264,8 +264,8 @@ def test_gradient_of_x_of_shapes(shape):
     assert_gradient_of_x(shape, torch.float32, torch.uint8, SIGMOID, RAW, 1)
 
 
-@pytest.mark.usefixtures("any_order")
-def test_gradient_of_x_at_gpu_block_sizes_in_any_order():
+@pytest.mark.usefixtures("interleaved")
+def test_gradient_of_x_of_programs_at_once():
     assert_gradient_of_x((2, 5, 11, 13), torch.float32, torch.float32, SIGMOID, PROBABILITY, 3)
 
 
@@ -323,7 +323,7 @@ def in_many_programs(dtype):
     return a if dtype == torch.float64 else a >= 0, lab_rows > 0, out_rows, lab_rows, kept
 
 
-@pytest.mark.usefixtures("any_order")
+@pytest.mark.usefixtures("interleaved")
 @pytest.mark.parametrize("asked", [False, True])
 def test_sums_are_deterministic_if_asked(monkeypatch, asked):
     monkeypatch.setattr(blocks, "deterministic", lambda: asked)
@@ -331,7 +331,7 @@ def test_sums_are_deterministic_if_asked(monkeypatch, asked):
     assert all_same([sum_instances(*case, 0, True, 30, 64)[:3] for _ in range(6)]) == asked
 
 
-@pytest.mark.usefixtures("any_order")
+@pytest.mark.usefixtures("interleaved")
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float64])
 def test_gradient_of_x_is_deterministic(dtype):
     case = in_many_programs(dtype)
