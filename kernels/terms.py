@@ -387,11 +387,17 @@ def _terms_backward_kernel(
         tl.store(row_ptr + 1, by_pixel * tl.load(sample_slopes_ptr + PIXEL_BY_PREDICTION))
 
 
-@functools.lru_cache(maxsize=64)
-def _on_device(numbers: tuple[float, ...], device: torch.device, stream: int) -> Tensor:
-    """The numbers as a tensor, copied once for each stream, so that no launch reads them before they are there."""
-    host = torch.tensor(numbers, dtype=torch.float64)
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
+@functools.cache
+def _pinned(numbers: tuple[float, ...]) -> Tensor:
+    """The numbers in memory that a device copies by itself. Kept for good: a CUDA graph copies them in each replay."""
+    return torch.tensor(numbers, dtype=torch.float64).pin_memory()
+
+
+def _on_device(numbers: list[float], device: torch.device) -> Tensor:
+    """The numbers as a tensor. Not kept: it may lie in a CUDA graph's memory, and belongs to the current stream."""
+    if device.type == "cuda":
+        return _pinned(tuple(numbers)).to(device, non_blocking=True)
+    return torch.tensor(numbers, dtype=torch.float64, device=device)
 
 
 def launch_terms(
@@ -414,11 +420,10 @@ def launch_terms(
     (_, capacity, _), batch, device = sums.shape, len(sample_sums), sums.device
     sizes = (batch, ops.PROXIMITY + 1), (2 * batch, capacity, ops.SLOPES_COLUMNS), (batch, ops.SAMPLE_SLOPES_COLUMNS)
     terms, slopes, sample_slopes = (torch.empty(size, dtype=torch.float64, device=device) for size in sizes)
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     if batch > 0:
         _terms_kernel[(batch,)](
             sums, sample_sums, pixel_sums, health, counts, geometry, owned, distances, values, totals,
-            _on_device(tuple(numbers), device, stream), terms, slopes, sample_slopes,
+            _on_device(numbers, device), terms, slopes, sample_slopes,
             capacity, classes, reduction, rates, block_size(capacity, ROWS_BLOCK),
         )  # fmt: skip
     return terms.sum(dim=0), slopes, sample_slopes

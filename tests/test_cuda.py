@@ -59,10 +59,26 @@ def test_cuda_graph_replays_with_other_data():
         torch.testing.assert_close(outputs.grad, fresh.grad)
 
 
+def test_cuda_graph_keeps_what_it_reads():
+    outputs, labels = batch(0)
+    loss = InstanceLoss(smoother=3e-6)  # numbers that nothing else asks for
+    terms = torch.stack(loss(outputs, labels)).detach()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = torch.stack(loss(outputs.detach(), labels))
+    del loss
+    junk = [torch.full((size,), torch.nan, dtype=torch.float64) for size in (8, 30, 64) for _ in range(200)]
+    junk = [each.pin_memory() for each in junk] + [each.cuda() for each in junk]
+    for _ in range(3):
+        captured.fill_(torch.nan)
+        graph.replay()
+        torch.testing.assert_close(captured, terms)
+
+
 def test_reduce_overhead():
     torch.compiler.reset()
     network = torch.nn.Conv3d(1, 1, 3, padding=1).cuda()
-    loss = WeightedSum(InstanceLoss(rate_instead_number=True))
+    loss = WeightedSum(InstanceLoss(rate_instead_number=True, smoother=2e-6))  # its first call is a compiled one
     step = torch.compile(lambda x, y: loss(network(x), y), mode="reduce-overhead", fullgraph=True)
     for seed in range(5):
         volume, labels = batch(seed)
