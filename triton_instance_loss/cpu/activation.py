@@ -1,7 +1,8 @@
 """Activation on the CPU: the foreground of both sides, the sums of the pixel term, and their derivatives.
 
 A pass over a volume costs as much as all that is done with the few voxels it finds, so there are few, and each works on
-a part that stays in the cache: comparisons are NumPy's, and the sigmoid is taken only where it can decide or matters.
+a part that stays in the cache. What is looked at first is the largest output of each block of voxels: most blocks are
+background. The sigmoid is taken only where it can decide or matters.
 """
 
 import itertools
