@@ -34,8 +34,8 @@ def use_threads(threads: int | None = None) -> None:
 def keep_memory() -> None:
     """Let the C library keep freed memory, as after a step of any larger network, and not ask for new pages each time.
 
-    glibc takes blocks no larger than the largest ever freed, up to 32 MiB, from memory it keeps. Before that, the same
-    call takes up to three times as long or not, depending on what was allocated earlier, and by whom.
+    glibc takes blocks no larger than the largest ever freed, up to 32 MiB, from memory it keeps. Before that, how
+    long the same call takes depends on what was allocated earlier, and by whom.
     """
     freed = torch.empty(2**25 - 2**16, dtype=torch.uint8)
     del freed
