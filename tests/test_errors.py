@@ -191,7 +191,7 @@ def test_cuda_without_triton(monkeypatch):
         device = torch.device("cuda", 0)
 
     monkeypatch.delenv(VARIABLE, raising=False)
-    monkeypatch.setattr(ops, "_triton_is_installed", lambda: False)
+    monkeypatch.setattr(ops, "_TRITON_IS_INSTALLED", False)
     with pytest.raises(RuntimeError, match="Tensors on cuda:0 need the package 'triton', which is not installed"):
         ops.backend(Cuda())
     monkeypatch.setenv(VARIABLE, "cpu")

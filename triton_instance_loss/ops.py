@@ -10,7 +10,6 @@ CPU tensors go to `cpu/`, CUDA tensors to `kernels/`, which have the same rooms.
 Triton nor SciPy.
 """
 
-import functools
 import importlib
 import importlib.util
 import os
@@ -128,9 +127,8 @@ _SCHEMAS = {
 }
 
 
-@functools.cache
-def _triton_is_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
+# Looked up here: torch.compile traces `backend`, and up to torch 2.12 it cannot trace a search for packages.
+_TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
 def backend(tensor: Tensor) -> str:
@@ -150,7 +148,7 @@ def backend(tensor: Tensor) -> str:
     if chosen == "cpu" and device == "cuda":
         raise ValueError(f"{BACKEND_VARIABLE}='cpu' works on CPU tensors only, got a tensor on {tensor.device}.")
     if chosen == "triton":
-        if not _triton_is_installed():
+        if not _TRITON_IS_INSTALLED:
             raise RuntimeError(
                 f"Tensors on {tensor.device} need the package 'triton', which is not installed: `pip install triton` "
                 "(Linux), or move the tensors to the CPU."
