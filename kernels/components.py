@@ -220,4 +220,7 @@ def launch_number_instances(ids: Tensor, min_size: int, capacity: int) -> tuple[
     # to the ranks is taken off again.
     ranks = new.flatten().cumsum(0, dtype=torch.int32).view(new.shape)
     ranks = torch.where(values > 0, ranks - ranks[:, :1] + new[:, :1], 0)
-    return number(ranks.new_empty(ranks.shape).scatter_(1, order, ranks).view(ids.shape), min_size, capacity)
+    # Flat, too: where PyTorch is asked for deterministic algorithms, a scatter along an axis may wait for the host.
+    order += values.shape[1] * torch.arange(len(order), device=ids.device)[:, None]
+    ranks = ranks.new_empty(ids.numel()).scatter_(0, order.flatten(), ranks.flatten())
+    return number(ranks.view(ids.shape), min_size, capacity)

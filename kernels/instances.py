@@ -94,7 +94,7 @@ def launch_find(
             checks.room_for_labels(int(found.numpy()[batch:].max()), capacity)
         # Without `debug` they do nothing on a GPU either. This one ends the use of the device, as PyTorch's own do.
         _finish_kernel[(batch,)](
-            found, parts, counts, sums, health, programs, max_kept, capacity, too_many, block,
+            found, parts, counts, sums, health, programs, min(max_kept, x[0].numel()), capacity, too_many, block,
             debug=True, sanitize_overflow=False,
         )  # fmt: skip
     return [sites, rest_sizes], sums, health, counts, geometry

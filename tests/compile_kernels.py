@@ -129,6 +129,9 @@ def call_launchers():
         room["instances"].launch_find(
             *volumes, None, activation, threshold, *pixel, 0, 0, 50 * (dtype == torch.float32), 50.0, 20, 50
         )
+        room["instances"].launch_find(  # "as many as there are"
+            *volumes, None, activation, threshold, *pixel, 0, 0, 2**40, 50.0, 20, 50
+        )
         for quantity, no_tp in ((4, True), (3, False)):
             case = (*volumes, sites, pairs, touched, counts, activation, quantity, no_tp, *pixel)
             room["tables"].launch_sum_instances_backward(*grads, *case)

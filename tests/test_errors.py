@@ -91,6 +91,7 @@ TENSORS = [
         "labels must be on the device of outputs, cpu, got meta",
     ),
     (None, torch.zeros(VOLUME, dtype=torch.complex64), None, TypeError, "labels must have a real dtype"),
+    (None, torch.zeros(VOLUME).to(torch.float8_e5m2), None, TypeError, "labels must have a dtype that can be compared"),
     (None, None, torch.zeros(2, 4, 5, 3), ValueError, "cc_label_batch must have shape (2, 1, 4, 5, 3) beside"),
     (None, None, torch.full(VOLUME, -1), ValueError, "cc_label_batch must hold whole numbers >= 0, got -1"),
     (None, None, torch.full(VOLUME, 0.5), ValueError, "cc_label_batch must hold whole numbers >= 0, got 0.5"),
@@ -105,6 +106,13 @@ def test_tensors(outputs, labels, ids, error, message):
     labels = torch.zeros(VOLUME) if labels is None else labels
     with pytest.raises(error, match=re.escape(message)):
         InstanceLoss()(outputs, labels, ids)
+
+
+def test_too_many_samples_of_classes():
+    outputs = torch.zeros(1, 4, 1, 1).expand(10923, 4, 1, 1)
+    loss = InstanceLoss(spatial_dims=2, num_out_chn=4, object_chn=(1, 2, 3), activation="softmax")
+    with pytest.raises(ValueError, match="outputs must have at most 10922 samples with 3 classes, got 10923"):
+        loss(outputs, outputs)
 
 
 def test_too_many_voxels():

@@ -56,6 +56,7 @@ def check_and_widen(
         ignore_mask,
         spatial_dims=options.spatial_dims,
         num_out_chn=options.num_out_chn,
+        num_classes=len(options.classes),
         label_channels=(1,) if options.to_onehot_y else (options.num_out_chn,) if several else (1, options.num_out_chn),
     )
     ids = None if cc_label_batch is None else unwrap(cc_label_batch)

@@ -89,6 +89,8 @@ def tensor(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be a dense tensor, got layout {value.layout}.")
     if value.dtype.is_complex:
         raise TypeError(f"{name} must have a real dtype, got {value.dtype}.")
+    if value.dtype.is_floating_point and value.dtype.itemsize < 2:
+        raise TypeError(f"{name} must have a dtype that can be compared, got {value.dtype}.")
 
 
 def volume(name: str, value: Tensor, spatial_dims: int) -> None:
@@ -128,6 +130,7 @@ def inputs(
     *,
     spatial_dims: int,
     num_out_chn: int,
+    num_classes: int,
     label_channels: Collection[int],
 ) -> None:
     """The tensors of a call fit each other and the options."""
@@ -138,6 +141,11 @@ def inputs(
     if outputs.shape[1] != num_out_chn:
         raise ValueError(
             f"outputs must have num_out_chn={num_out_chn} channels, got {outputs.shape[1]} in {tuple(outputs.shape)}."
+        )
+    if outputs.shape[0] * num_classes > MAX_SAMPLES:  # each class of a sample is labelled like a sample
+        raise ValueError(
+            f"outputs must have at most {MAX_SAMPLES // num_classes} samples with {num_classes} classes, "
+            f"got {outputs.shape[0]}."
         )
     tensor("labels", labels)
     same_place("labels", labels, outputs, label_channels)
