@@ -194,7 +194,7 @@ def test_bad_registrations():
         FusedCriterion("mass", Linear(label=1), batch="max")
     with pytest.raises(TypeError, match="numerator must be a Linear, got <function"):
         FusedCriterion("mass", lambda sums: sums.label)
-    with pytest.raises(TypeError, match="denominator must be a Linear, got 2"):
+    with pytest.raises(TypeError, match="denominator must be a Linear or None, got 2"):
         FusedCriterion("mass", Linear(label=1), 2)
     with pytest.raises(TypeError, match="fuse must be a callable"):
         register_criterion(RelativeError, None)

@@ -35,7 +35,7 @@ def number(
     low = "" if minimum == -math.inf else f" {'above' if above_minimum else 'of at least'} {minimum:g}"
     high = "" if maximum == math.inf else f"{' and' if low else ''} of at most {maximum:g}"
     allowed = f"a finite number{low}{high}"
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be {allowed}, got {value!r}.")
     too_low = value <= minimum if above_minimum else value < minimum
     if not math.isfinite(value) or too_low or value > maximum:

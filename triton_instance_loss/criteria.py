@@ -12,7 +12,7 @@ full volumes: the same result, slowly, after one warning.
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,29 +20,8 @@ from torch import Tensor
 from . import checks, quantities
 
 
-class Ratio(NamedTuple):
-    """A criterion for volumes of a known size: the numbers of its numerator, then those of its denominator."""
-
-    intersection: float
-    prediction: float
-    label: float
-    constant: float
-    intersection_below: float
-    prediction_below: float
-    label_below: float
-    constant_below: float
-
-    def above(self, intersection: Tensor, prediction: Tensor, label: Tensor) -> Tensor:
-        """The numerator."""
-        return self.intersection * intersection + self.prediction * prediction + self.label * label + self.constant
-
-    def below(self, intersection: Tensor, prediction: Tensor, label: Tensor) -> Tensor:
-        """The denominator."""
-        linear = self.intersection_below * intersection + self.prediction_below * prediction
-        return linear + self.label_below * label + self.constant_below
-
-
-class Linear(NamedTuple):
+@dataclass(frozen=True)
+class Linear:
     """A linear function of sums: what each is multiplied by, and a constant."""
 
     intersection: float = 0.0  # of sum u * w
@@ -52,6 +31,7 @@ class Linear(NamedTuple):
     constant: float = 0.0
 
 
+# (not the default of a field: torch 2.6 can't compile what has such a one)
 ONE = Linear(constant=1.0)
 
 
@@ -64,7 +44,7 @@ class FusedCriterion:
             "squared_error" ((u - w)^2) or "cross_entropy".
         numerator: above; Dice, for example, is Linear(intersection=-2, prediction=1, label=1) over
             Linear(prediction=1, label=1, constant=1e-5).
-        denominator: below.
+        denominator: below; None is 1.
         batch: what the loss makes of a batch of volumes (B, 1, *spatial): the "mean" or "sum" of its values for the
             samples. None if it makes something else; then the pixel term calls it.
 
@@ -75,26 +55,30 @@ class FusedCriterion:
 
     quantity: str
     numerator: Linear
-    denominator: Linear = ONE
+    denominator: Linear | None = None
     batch: str | None = None
 
     def __post_init__(self) -> None:
         checks.choice("quantity", self.quantity, tuple(quantities.CODES))
         if self.batch is not None:
             checks.choice("batch", self.batch, ("mean", "sum"))
-        for name in ("numerator", "denominator"):
-            if not isinstance(getattr(self, name), Linear):
-                raise TypeError(f"{name} must be a Linear, got {getattr(self, name)!r}.")
+        if not isinstance(self.numerator, Linear):
+            raise TypeError(f"numerator must be a Linear, got {self.numerator!r}.")
+        if self.denominator is not None and not isinstance(self.denominator, Linear):
+            raise TypeError(f"denominator must be a Linear or None, got {self.denominator!r}.")
 
     @property
     def code(self) -> int:
         """The quantity as the operators count it."""
         return quantities.CODES[self.quantity]
 
-    def ratio(self, voxels: int, times: float = 1.0) -> Ratio:
-        """The numbers for volumes of so many voxels, of `times` the criterion."""
-        above, below = self.numerator, self.denominator
-        return Ratio(
+    def ratio(self, voxels: int, times: float = 1.0) -> tuple[float, ...]:
+        """`times` the criterion for volumes of so many voxels: the numbers of its numerator, then of its denominator.
+
+        Each has what intersection, prediction and label are multiplied by, and a constant.
+        """
+        above, below = self.numerator, self.denominator or ONE
+        return (
             times * above.intersection,
             times * above.prediction,
             times * above.label,
@@ -193,13 +177,20 @@ def _fuse_dice(loss: DiceLoss) -> FusedCriterion:
 
 def _dice(smooth_nr: float, smooth_dr: float, *, jaccard: bool, quantity: str, batch: str | None) -> FusedCriterion:
     """1 - (2 I + smooth_nr) / (P + L + smooth_dr), or with jaccard over (2 (P + L - I) + smooth_dr)."""
-    below = Linear(-2.0, 2.0, 2.0) if jaccard else Linear(0.0, 1.0, 1.0)
-    return _one_minus(Linear(2.0, constant=smooth_nr), below._replace(constant=smooth_dr), quantity, batch)
+    both, each = (-2.0, 2.0) if jaccard else (0.0, 1.0)
+    below = Linear(both, each, each, constant=smooth_dr)
+    return _one_minus(Linear(2.0, constant=smooth_nr), below, quantity, batch)
 
 
 def _one_minus(above: Linear, below: Linear, quantity: str, batch: str | None) -> FusedCriterion:
     """1 - above / below."""
-    difference = Linear(*(under - over for under, over in zip(below, above, strict=True)))
+    difference = Linear(
+        below.intersection - above.intersection,
+        below.prediction - above.prediction,
+        below.label - above.label,
+        below.voxels - above.voxels,
+        below.constant - above.constant,
+    )
     return FusedCriterion(quantity, difference, below, batch)
 
 

@@ -29,7 +29,7 @@ TERMS = (
     "proximity",
 )
 # A criterion that is not asked for, or whose values are given: 0 / 1, whatever the sums.
-NOTHING = (0.0,) * 7 + (1.0,)
+NOTHING: tuple[float, ...] = (0.0,) * 7 + (1.0,)
 
 
 @dataclass(frozen=True)
