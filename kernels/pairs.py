@@ -59,7 +59,8 @@ def insert_pair(pairs_ptr, out, lab, slots):
     empty = tl.zeros((THREADS,), tl.int64)
     probes = 0
     while probes < slots:
-        found = tl.load(pairs_ptr + slot)
+        # One value for all threads, so that all of them go the same way, whatever others write meanwhile.
+        found = tl.max(tl.load(pairs_ptr + slot + empty), axis=0)
         if found == 0:
             # All threads try to take the slot: Triton up to 3.4 can't assemble a scalar compare-and-swap of 64 bits.
             # If one of them did, the next ones found the key there.

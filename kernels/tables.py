@@ -129,7 +129,7 @@ def _sum_instances_kernel(
 ):
     sample = tl.program_id(1).to(tl.int64)
     kept = tl.load(kept_ptr + sample)
-    blocks = tl.cdiv(V, BLOCK)
+    blocks = (V - 1) // BLOCK + 1  # rounded up; V + BLOCK may not fit
     for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
         voxel = block * BLOCK + tl.arange(0, BLOCK)
         index = sample * V + voxel
