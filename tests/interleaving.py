@@ -103,7 +103,9 @@ class Interleaving:
     def _switch(self) -> None:
         """Let any program go on, perhaps the same."""
         mine, self._now = self._now, self._next()
-        if mine is self._now or mine is None or self._now is None:
+        assert mine is not None
+        assert self._now is not None
+        if mine is self._now:
             return
         self.switches += 1
         self._now.turn.release()
@@ -125,9 +127,7 @@ class Interleaving:
 
     def create_masked_store(self, store: Callable[..., Any]) -> Callable[..., Any]:
         def call(pointers: Any, value: Any, mask: Any, *rest: Any) -> None:
-            for lanes in self._steps(mask):
-                self._switch()
-                store(pointers, value, lanes, *rest)
+            self._in_steps(mask, lambda lanes: store(pointers, value, lanes, *rest))
 
         return call
 
@@ -145,7 +145,7 @@ class Interleaving:
         return call
 
     def _in_steps(self, mask: Any, access: Callable[[Any], Any]) -> Any:
-        """What an access gives, lane by lane from the step the lane was in."""
+        """What an access gives, if anything, lane by lane from the step the lane was in."""
         result = None
         for lanes in self._steps(mask):
             self._switch()

@@ -362,3 +362,14 @@ def test_no_warning_with_recognised_criteria(backend):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         InstanceLoss(DiceLoss(), DiceLoss(), DiceLoss())(outputs, labels)
+
+
+def test_a_threshold_that_rounds_to_zero_is_zero(backend):
+    """With "none" and a threshold of 0, outputs are foreground where they are 1."""
+    outputs = torch.tensor([-1.0, 0.0, 1.0, 2.0, 0.0, 3.0]).view(1, 1, 1, 6).to(backend)
+    labels = torch.tensor([0.0, 0.0, 1.0, 1.0, 0.0, 0.0]).view(1, 1, 1, 6).to(backend)
+    tiny, zero = (
+        torch.stack(InstanceLoss(spatial_dims=2, activation="none", segmentation_threshold=threshold)(outputs, labels))
+        for threshold in (1e-60, 0.0)
+    )
+    assert torch.equal(tiny, zero)

@@ -35,6 +35,7 @@ def number(
     low = "" if minimum == -math.inf else f" {'above' if above_minimum else 'of at least'} {minimum:g}"
     high = "" if maximum == math.inf else f"{' and' if low else ''} of at most {maximum:g}"
     allowed = f"a finite number{low}{high}"
+    # (a pair, no union: torch 2.6 can't compile that)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be {allowed}, got {value!r}.")
     too_low = value <= minimum if above_minimum else value < minimum
@@ -93,8 +94,11 @@ def tensor(name: str, value: Any) -> None:
         raise TypeError(f"{name} must have a dtype that can be compared, got {value.dtype}.")
 
 
-def volume(name: str, value: Tensor, spatial_dims: int) -> None:
-    """`value` must be (B, N, *spatial) with `spatial_dims` axes, not empty, and no larger than can be counted."""
+def volume(name: str, value: Tensor, spatial_dims: int, num_classes: int = 1) -> None:
+    """`value` must be (B, N, *spatial) with `spatial_dims` axes, not empty, and no larger than can be counted.
+
+    Each of `num_classes` of a sample is labelled like a sample.
+    """
     axes = "(B, N, H, W)" if spatial_dims == 2 else "(B, N, H, W, D)"
     if value.ndim != spatial_dims + 2:
         raise ValueError(
@@ -103,8 +107,11 @@ def volume(name: str, value: Tensor, spatial_dims: int) -> None:
         )
     if any(size == 0 for size in value.shape):
         raise ValueError(f"{name} must have at least one element along every axis {axes}, got {tuple(value.shape)}.")
-    if value.shape[0] > MAX_SAMPLES:
-        raise ValueError(f"{name} must have at most {MAX_SAMPLES} samples, got {value.shape[0]}.")
+    if value.shape[0] * num_classes > MAX_SAMPLES:
+        classes = f" with {num_classes} classes" if num_classes > 1 else ""
+        raise ValueError(
+            f"{name} must have at most {MAX_SAMPLES // num_classes} samples{classes}, got {value.shape[0]}."
+        )
     voxels = math.prod(value.shape[2:])
     if voxels > MAX_VOXELS:
         raise ValueError(f"{name} must have at most 2^31 - 1 voxels a sample, got {voxels} of {tuple(value.shape)}.")
@@ -137,15 +144,10 @@ def inputs(
     tensor("outputs", outputs)
     if outputs.dtype not in FLOAT_DTYPES:
         raise TypeError(f"outputs must be float16, bfloat16, float32 or float64, got {outputs.dtype}.")
-    volume("outputs", outputs, spatial_dims)
+    volume("outputs", outputs, spatial_dims, num_classes)
     if outputs.shape[1] != num_out_chn:
         raise ValueError(
             f"outputs must have num_out_chn={num_out_chn} channels, got {outputs.shape[1]} in {tuple(outputs.shape)}."
-        )
-    if outputs.shape[0] * num_classes > MAX_SAMPLES:  # each class of a sample is labelled like a sample
-        raise ValueError(
-            f"outputs must have at most {MAX_SAMPLES // num_classes} samples with {num_classes} classes, "
-            f"got {outputs.shape[0]}."
         )
     tensor("labels", labels)
     same_place("labels", labels, outputs, label_channels)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from . import checks, ops, quantities
-from .activation import Given, check_and_widen, to_activate, to_compare
+from .activation import check_and_widen, to_activate, to_compare
 from .components import rows_of_tables
 from .instances import Found, find, first_rows
 from .options import Options
@@ -152,8 +152,7 @@ def instance_metrics(
         mul_too_many=checks.MAX_VOXELS,  # and there are never too many
     )
     given = check_and_widen(outputs, labels, cc_label_batch, ignore_mask, options)
-    given = Given(given.outputs.detach(), given.labels, given.ids, given.ignored)
-    with torch.autocast(given.outputs.device.type, enabled=False):
+    with torch.no_grad(), torch.autocast(given.outputs.device.type, enabled=False):
         x, truth = to_activate(given, options), to_compare(given, options)
         pixel = ops.NOT_FUSED, quantities.MASS
         found, pair_capacity, _, _ = find(x, truth, given.ids, pixel, options)

@@ -45,24 +45,27 @@ class Foreground(NamedTuple):
 def find_foreground(x: Tensor, labels: Tensor, activation: int, threshold: float) -> Foreground:
     """The foreground of both sides."""
     values, truths = x.view(-1), labels.view(-1)
-    low = _least(x.numpy().dtype.type(threshold), activation)
+    threshold = float(x.numpy().dtype.type(threshold))  # once for all: a tiny one may become 0
+    low = _least(threshold, activation)
     parts = zip(values.split(CHUNK), truths.split(CHUNK), strict=True)
     found = [_candidates(*part, low) + number * CHUNK for number, part in enumerate(parts)]
-    voxels = np.concatenate(found) if found else np.empty(0, dtype=np.int64)
+    voxels = np.concatenate(found)
     there, labels_there = values.numpy()[voxels], truths.numpy()[voxels]
     p = probability(torch.from_numpy(there), activation).numpy()
-    out = p == 1 if activation == NONE and threshold <= 0 else p >= p.dtype.type(threshold)
+    out = p == 1 if activation == NONE and threshold <= 0 else p >= threshold
     foreground = Foreground(voxels, there, p, labels_there, out, labels_there == 1)
     sure = out | (labels_there != 0)
     return foreground if sure.all() else Foreground(*(each[sure] for each in foreground))
 
 
-def _least(threshold: Any, activation: int) -> float:
+def _least(threshold: float, activation: int) -> float:
     """What an output is at least that may be foreground."""
     if activation != SIGMOID:
-        return float(threshold) if threshold > 0 else 1.0
-    low = float(threshold) * (1.0 - SIGMOID_ERROR)
-    return math.log(low / (1.0 - low)) if threshold > 0 else -math.inf
+        return threshold if threshold > 0 else 1.0
+    if threshold <= 0:
+        return -math.inf
+    low = threshold * (1.0 - SIGMOID_ERROR)
+    return math.log(low / (1.0 - low))
 
 
 def _candidates(values: Tensor, truths: Tensor, low: float) -> Indices:

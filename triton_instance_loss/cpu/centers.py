@@ -48,34 +48,34 @@ def center_volumes(geometry: Tensor, counts: Tensor, shape: list[int], offsets: 
     return of_outputs, of_labels > 0
 
 
-def _windows(owner: NDArray[Any], shape: list[int], window: NDArray[np.int64]) -> NDArray[Any]:
-    """The window that begins at each voxel; NumPy's own function for this costs as much as the rest."""
-    return np.lib.stride_tricks.as_strided(owner, (*shape, *window), owner.strides * 2)
+def _views(pair: list[_Boxes], shape: list[int], window: NDArray[np.int64]) -> list[NDArray[Any]]:
+    """The owners of the voxels of both sides of a sample, seen through the window that begins at each voxel."""
+    # Bytes where they do, and cleared only where they are looked at: touching memory is what takes time.
+    owners = [np.empty(shape + window, dtype=np.min_scalar_type(len(boxes.lows))) for boxes in pair]
+    # (NumPy's own function for windows costs as much as the rest)
+    views = [np.lib.stride_tricks.as_strided(owner, (*shape, *window), owner.strides * 2) for owner in owners]
+    for view, boxes in itertools.product(views, pair):
+        view[tuple(boxes.lows.T)] = 0
+    for owner, boxes in zip(owners, pair, strict=True):
+        boxes.paint(owner)
+    return views
 
 
 def center_overlaps(geometry: Tensor, counts: Tensor, shape: list[int], offsets: list[int]) -> Tensor:
     """Operator `center_overlaps` (ops.py)."""
-    sides = _sides(geometry, counts, shape, offsets)
+    sides, batch = _sides(geometry, counts, shape, offsets), counts.shape[1]
     # Each box is seen through a window as large as a whole box, for which there is room wherever a box begins.
     window = np.minimum(2 * np.array(offsets) + 1, shape)
     at_once = max(1, VOXELS_AT_ONCE // math.prod(window.tolist()))
     owned = np.zeros((*geometry.shape[:2], 2), dtype=np.int64)
-    batch = len(sides) // 2
     for sample in range(batch):
         pair = sides[sample::batch]
-        # Bytes where they do, and cleared only where they are looked at: touching memory is what takes time.
-        owners = [np.empty(shape + window, dtype=np.min_scalar_type(len(boxes.lows))) for boxes in pair]
-        views = [_windows(owner, shape, window) for owner in owners]
-        for view, boxes in itertools.product(views, pair):
-            view[tuple(boxes.lows.T)] = 0
-        for owner, boxes in zip(owners, pair, strict=True):
-            boxes.paint(owner)
-        for side, boxes in enumerate(pair):
-            mine, other = views[side], views[1 - side]
+        views = _views(pair, shape, window)
+        for boxes, owner, other, table in zip(pair, views, views[::-1], owned[sample::batch], strict=True):
             for start in range(0, len(boxes.lows), at_once):
                 corners = tuple(boxes.lows[start : start + at_once].T)
                 rows = np.arange(start, start + len(corners[0]))
-                own = mine[corners] == rows[:, None, None, None] + 1
-                inside = (own & (other[corners] > 0)).sum((1, 2, 3))
-                owned[sample + side * batch, rows] = np.stack((own.sum((1, 2, 3)) - inside, inside), axis=1)
+                mine = owner[corners] == rows[:, None, None, None] + 1
+                inside = (mine & (other[corners] > 0)).sum((1, 2, 3))
+                table[rows] = np.stack((mine.sum((1, 2, 3)) - inside, inside), axis=1)
     return torch.from_numpy(owned)
