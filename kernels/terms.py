@@ -1,11 +1,8 @@
 """The terms and their slopes from sums over instances, and gradients of those sums.
 
-With I, P and L the intersection, prediction and label of a criterion, n its four numbers above and m below the line,
-
-    v = (n0 I + n1 P + n2 L + n3) / (m0 I + m1 P + m2 L + m3),   dv / dI = (n0 - v m0) / below,   dv / dP likewise.
-
-For a label, I = INTERSECTION, L = its size; for a kept output, I = INTERSECTION, L = LABEL; and P = COST + missing
-(L - OVERLAP), where missing = phi(0, 1). A side of a sample without rows has the value of the whole sample in row 0.
+The criterion v of an instance and its derivatives follow from I, P and L (criteria.py). For a label, I = INTERSECTION,
+L = its size; for a kept output, I = INTERSECTION, L = LABEL; and P = COST + missing (L - OVERLAP), where missing =
+phi(0, 1). A side of a sample without rows has the value of the whole sample in row 0.
 
 1. `_terms_kernel`, one program a sample: it goes over the rows of both sides, up to the counts, which only the device
    knows. It adds up what they contribute to the terms, and writes the slopes of each row.
@@ -29,6 +26,7 @@ from torch import Tensor
 
 from .. import ops
 from .blocks import block_size, table_programs
+from .criteria import center_criterion, criterion, share, weight
 
 GEOMETRY_COLUMNS: tl.constexpr = tl.constexpr(ops.GEOMETRY_COLUMNS)
 SIZE: tl.constexpr = tl.constexpr(ops.SIZE)
@@ -60,11 +58,6 @@ TERMS: tl.constexpr = tl.constexpr(ops.PROXIMITY + 1)
 PIXEL_RATIO: tl.constexpr = tl.constexpr(ops.PIXEL_RATIO)
 INSTANCE_RATIO: tl.constexpr = tl.constexpr(ops.INSTANCE_RATIO)
 MISSING: tl.constexpr = tl.constexpr(ops.MISSING)
-CENTER_RATIO: tl.constexpr = tl.constexpr(ops.CENTER_RATIO)
-CENTER_SLOPES: tl.constexpr = tl.constexpr(ops.CENTER_SLOPES)
-SMOOTHER: tl.constexpr = tl.constexpr(ops.SMOOTHER)
-BY_INSTANCE: tl.constexpr = tl.constexpr(ops.BY_INSTANCE)
-BY_MEAN: tl.constexpr = tl.constexpr(ops.BY_MEAN)
 
 BY_CENTER: tl.constexpr = tl.constexpr(ops.BY_CENTER)
 BY_FALSE: tl.constexpr = tl.constexpr(ops.BY_FALSE)
@@ -84,82 +77,6 @@ SAMPLE_SLOPES_COLUMNS: tl.constexpr = tl.constexpr(ops.SAMPLE_SLOPES_COLUMNS)
 
 # One lane a thread: samples rarely have more instances, and the float64 arithmetic wants the registers.
 ROWS_BLOCK = 128
-# Samples whose counts are added at once.
-SAMPLES_BLOCK: tl.constexpr = tl.constexpr(32)
-
-
-@triton.jit
-def _linear(numbers_ptr, first, second, third):
-    """A linear function of three sums: what each is multiplied by, and a constant."""
-    sums = tl.load(numbers_ptr) * first + tl.load(numbers_ptr + 1) * second
-    return sums + tl.load(numbers_ptr + 2) * third + tl.load(numbers_ptr + 3)
-
-
-@triton.jit
-def _criterion(numbers_ptr, intersection, prediction, label, used):
-    """A ratio of two linear functions, and its derivatives by intersection and prediction; 0 where it is not used."""
-    # No division by the zeros of unused rows.
-    above = tl.where(used, _linear(numbers_ptr, intersection, prediction, label), 0.0)
-    below = tl.where(used, _linear(numbers_ptr + 4, intersection, prediction, label), 1.0)
-    value = above / below
-    by_intersection = (tl.load(numbers_ptr) - value * tl.load(numbers_ptr + 4)) / below
-    by_prediction = (tl.load(numbers_ptr + 1) - value * tl.load(numbers_ptr + 5)) / below
-    return value, tl.where(used, by_intersection, 0.0), tl.where(used, by_prediction, 0.0)
-
-
-@triton.jit
-def _weight(counts_ptr, totals_ptr, sample, count, B, classes, REDUCTION: tl.constexpr):
-    """What each of the `count` rows of a sample adds to the average over the instances of B samples, class by class."""
-    weight = 1.0 / B.to(tl.float64)
-    if REDUCTION == BY_INSTANCE:
-        if totals_ptr is not None:
-            total = tl.load(totals_ptr + sample % classes)
-        else:
-            rows = tl.zeros((SAMPLES_BLOCK,), tl.int64)
-            for first in range(0, B, SAMPLES_BLOCK):
-                other = first + tl.arange(0, SAMPLES_BLOCK)
-                alike = (other < B) & (other % classes == sample % classes)
-                rows += tl.where(alike, tl.maximum(tl.load(counts_ptr + other, mask=alike, other=0), 1), 0)
-            total = tl.sum(rows, axis=0).to(tl.float64)
-        weight = 1.0 / (classes * total)
-    elif REDUCTION == BY_MEAN:
-        weight = weight / tl.maximum(count, 1).to(tl.float64)
-    return weight
-
-
-@triton.jit
-def _share(numbers_ptr, count, B, RATES: tl.constexpr):
-    """What one mistake in a sample adds to the mean, over B samples, of their number or rate."""
-    total = tl.zeros_like(count).to(tl.float64) + 1.0
-    if RATES:
-        total = count.to(tl.float64) + tl.load(numbers_ptr + SMOOTHER)
-    return 1.0 / (total * B)
-
-
-@triton.jit
-def _count_owned(owned_ptr, count, BLOCK: tl.constexpr):
-    """Voxels of the boxes of one side that lie outside and inside those of the other side."""
-    outside = tl.zeros((BLOCK,), tl.int64)
-    inside = tl.zeros((BLOCK,), tl.int64)
-    for first in range(0, count, BLOCK):
-        row = first + tl.arange(0, BLOCK)
-        outside += tl.load(owned_ptr + 2 * row, mask=row < count, other=0)
-        inside += tl.load(owned_ptr + 2 * row + 1, mask=row < count, other=0)
-    return tl.sum(outside, axis=0).to(tl.float64), tl.sum(inside, axis=0).to(tl.float64)
-
-
-@triton.jit
-def _center(out_owned_ptr, lab_owned_ptr, kept, num_labels, numbers_ptr, BLOCK: tl.constexpr):
-    """The criterion on centre boxes, and how it grows with an output's box for each voxel inside and outside others."""
-    output, both = _count_owned(out_owned_ptr, kept, BLOCK)
-    label, _ = _count_owned(lab_owned_ptr, num_labels, BLOCK)
-    above = _linear(numbers_ptr + CENTER_RATIO, both, output, label)
-    below = _linear(numbers_ptr + CENTER_RATIO + 4, both, output, label)
-    value = above / below
-    slopes_ptr = numbers_ptr + CENTER_SLOPES
-    by_inside = (tl.load(slopes_ptr) - value * tl.load(slopes_ptr + 2)) / below
-    by_outside = (tl.load(slopes_ptr + 1) - value * tl.load(slopes_ptr + 3)) / below
-    return value, by_inside, by_outside
 
 
 @triton.jit
@@ -210,7 +127,7 @@ def _add_rows(
             intersection = tl.load(row_ptr + INTERSECTION, mask=used, other=0.0)
             prediction = tl.load(row_ptr + COST, mask=used, other=0.0)
             prediction += tl.load(numbers_ptr + MISSING) * (label - overlap)
-            value, by_intersection, by_prediction = _criterion(
+            value, by_intersection, by_prediction = criterion(
                 numbers_ptr + INSTANCE_RATIO, intersection, prediction, label, used
             )
             value = tl.where(valued & ~used, whole, value)
@@ -268,7 +185,7 @@ def _terms_kernel(
     sample_slopes_ptr += sample * SAMPLE_SLOPES_COLUMNS
 
     row_ptr = pixel_sums_ptr + sample * SAMPLE_COLUMNS
-    pixel, by_intersection, by_prediction = _criterion(
+    pixel, by_intersection, by_prediction = criterion(
         numbers_ptr + PIXEL_RATIO, tl.load(row_ptr), tl.load(row_ptr + 1), tl.load(row_ptr + 2), sample >= 0
     )
     tl.store(terms_ptr + PIXEL, health * pixel)
@@ -277,7 +194,7 @@ def _terms_kernel(
 
     row_ptr = sample_sums_ptr + sample * SAMPLE_COLUMNS
     alone = (num_labels == 0) | (kept == 0)
-    whole, by_intersection, by_prediction = _criterion(
+    whole, by_intersection, by_prediction = criterion(
         numbers_ptr + INSTANCE_RATIO, tl.load(row_ptr), tl.load(row_ptr + 1), tl.load(row_ptr + 2), alone
     )
     tl.store(sample_slopes_ptr + WHOLE_BY_INTERSECTION, by_intersection)
@@ -285,12 +202,12 @@ def _terms_kernel(
 
     center, by_inside, by_outside = whole * 0.0, whole * 0.0, whole * 0.0
     if owned_ptr is not None:
-        center, by_inside, by_outside = _center(
+        center, by_inside, by_outside = center_criterion(
             owned_ptr + 2 * out, owned_ptr + 2 * lab, kept, num_labels, numbers_ptr, BLOCK
         )
     tl.store(terms_ptr + CENTER, health * center / B)
 
-    out_share, lab_share = _share(numbers_ptr, num_outputs, B, RATES), _share(numbers_ptr, num_labels, B, RATES)
+    out_share, lab_share = share(numbers_ptr, num_outputs, B, RATES), share(numbers_ptr, num_labels, B, RATES)
     rows = tl.minimum(num_outputs, capacity)
     out_total, out_weighted, correct = _add_rows(
         sums_ptr, geometry_ptr, owned_ptr, distances_ptr, values_ptr, numbers_ptr, slopes_ptr, out, rows, kept,
@@ -303,9 +220,9 @@ def _terms_kernel(
     tl.store(terms_ptr + FALSE_INSTANCES, health * out_share * (num_outputs - correct))
     tl.store(sample_slopes_ptr + BY_MISTAKE, health * out_share)
     tl.store(terms_ptr + MISSED_INSTANCES, health * lab_share * (num_labels - detected))
-    by_output = health * _weight(counts_ptr + KEPT * B, totals_ptr, sample, kept, B, classes, REDUCTION)
+    by_output = health * weight(counts_ptr + KEPT * B, totals_ptr, sample, kept, B, classes, REDUCTION)
     label_totals_ptr = None if totals_ptr is None else totals_ptr + classes
-    by_label = health * _weight(counts_ptr + LABELS * B, label_totals_ptr, sample, num_labels, B, classes, REDUCTION)
+    by_label = health * weight(counts_ptr + LABELS * B, label_totals_ptr, sample, num_labels, B, classes, REDUCTION)
     tl.store(sample_slopes_ptr + BY_OUTPUT, by_output)
     tl.store(sample_slopes_ptr + BY_LABEL, by_label)
     tl.store(terms_ptr + INSTANCE_OUTPUT, by_output * out_total)
