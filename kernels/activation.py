@@ -3,14 +3,14 @@
 At a voxel, with x the volume, p = sigmoid(x) where that is the activation and x elsewhere, t the threshold:
 
     foreground = [p >= t], but [x == 1] without activation if t <= 0
-    y          = [label == 1]
+    y          = [label > 0.5]
 
 NaN compares as false, so it is background. The pixel term sees a prediction u and a truth w (codes of
 ../ops.py): u = x, w = label (RAW), u = p, w = y (PROBABILITY), or u = foreground, w = label (HARD). Its sums are
 u w, phi(u, w) and truth(w), which is w, or w^2 where predictions are squared. One kernel reads x and the labels once;
-each program writes its part of the sums, and 0 or NaN for whether all its x are finite. That is counted and not found
-from a sum, which could grow too large where every value is finite. What the parts add up to is found together with
-the counts (instances.py).
+each program writes its part of the sums, and 0 or NaN for whether all its x are finite and all its labels in
+[-0.5, 1.5]. That is counted and not found from a sum, which could grow too large where every value is finite. What the
+parts add up to is found together with the counts (instances.py).
 
 Everything is computed in the precision of x, labels are rounded to it, and sums are added in float64. Backward: in
 tables.py, together with that of the instances. Deterministic: no atomics, parts are added in a fixed order. Bytes a
@@ -39,12 +39,18 @@ ACTIVATE_BLOCK = 1024
 
 @triton.jit
 def probability(x, ACTIVATION: tl.constexpr):
-    """What gradients flow into: sigmoid(x), or x."""
+    """The probability, or x where there is none."""
     if ACTIVATION == SIGMOID:
         below = 1 + tl.exp(-x)
         # A float32 `/` is approximate on GPUs, and sigmoid(0) has to be 0.5.
         x = 1 / below if x.dtype == tl.float64 else tl.div_rn(tl.zeros_like(x) + 1, below)
     return x
+
+
+@triton.jit
+def is_label(labels):
+    """Where labels are foreground, compared in their own type."""
+    return labels > 0.5 if labels.dtype.is_floating() else labels > 0
 
 
 @triton.jit
@@ -84,12 +90,13 @@ def _activate_kernel(
     p = probability(x, ACTIVATION)
     only_ones: tl.constexpr = (ACTIVATION == NONE) & (THRESHOLD <= 0)
     foreground = x == 1 if only_ones else p >= tl.full(x.shape, THRESHOLD, x.dtype)
-    y = labels == 1
+    y = is_label(labels)
     tl.store(foreground_ptr + index, foreground, mask=in_volume)
     tl.store(y_ptr + index, y, mask=in_volume)
 
     parts_ptr += (sample * tl.num_programs(0) + tl.program_id(0)) * (COLUMNS + 1)
-    broken = tl.sum((~(tl.abs(x) < float("inf"))).to(tl.int32), axis=0)
+    mask_like = (labels >= -0.5) & (labels <= 1.5) if labels.dtype.is_floating() else (labels >= 0) & (labels <= 1)
+    broken = tl.sum((~((tl.abs(x) < float("inf")) & mask_like)).to(tl.int32), axis=0)
     tl.store(parts_ptr + COLUMNS, tl.where(broken > 0, float("nan"), 0.0))
     if PIXEL != NOT_FUSED:
         u, w = seen_by_pixel(x, p, foreground, y, labels, PIXEL)

@@ -14,19 +14,23 @@ drop those lanes. If the pair touches, it is noted (pairs.py), and a second kern
 other. Before both, one kernel clears the rows that are used, and the pairs. Outputs beyond the tables, the rest, leave
 but a flag each: whether they touch a label.
 
-Backward, G the gradients of the tables, phi' the derivative in a:
+Backward, G the gradients of the tables, phi' the derivative in a, F the gradient of a false output, M that of a missed
+label, over their sizes (both 0 for all other instances):
 
     da = G_o.MASS + G_o.INTERSECTION [l > 0] + G_o.COST phi'(a, [l > 0]) + E_o e'
-       + G_l.MASS + [inside] (G_l.INTERSECTION + G_l.COST c') + G_s.0 y + G_s.1 phi'(a, y)
-       + G_s.BY_REST / |o| where o is of the rest and touches no label,
+       + G_l.MASS + [inside] (G_l.INTERSECTION + G_l.COST c') + [here] (G_s.0 y + G_s.1 phi'(a, y)),
+    F = F_o, but G_s.BY_REST / |o| where o is of the rest and touches no label,
 
 with e' = phi'(a a, 0) a [y = 0], c' = phi'(a, 1); without no_tp e' = phi'(a, 0), c' = phi'(a, 1) - phi'(a, 0), and
-E_o the sum of G_l.COST over the labels that o touches. It goes on to the volume x that was activated, together with
-that of the pixel term, du = G_p.0 w + G_p.1 phi'(u, w) for the u and w of activation.py and the pixel term's own phi.
-With s = p (1 - p), p = sigmoid(x), where the activation is a sigmoid, else s = 1:
+E_o the sum of G_l.COST over the labels that o touches. `here` is everywhere for a soft a, and where a or y is 1 for a
+hard one, whose background is right and has no gradient. It goes on to z (../ops.py), together with that of the pixel
+term, du = G_p.0 w + G_p.1 phi'(u, w) for the u and w of activation.py and the pixel term's own phi; with a hard u,
+only `here`. With s = p (1 - p), p the probability, or s = 1 where there is none:
 
-    dx = da s + du s       if the pixel term sees the probability or the hard output,
-    dx = da s + du         if it sees x itself; without du if it is not fused.
+    dz = (da + F + M) s + du s    if the pixel term sees the probability or the hard output,
+    dz = (da + F + M) s + du      if it sees x itself; without du if it is not fused,
+
+and F p + M (1 - p) in place of (F + M) s where the gradient of mistakes is that of a logarithm.
 
 phi is computed in the precision of a (forward, float32 for a hard a) or of x (backward), and added in float64.
 Deterministic where the values are integers, as for a hard a; otherwise atomics add in any order, which shows in the
@@ -41,7 +45,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import ops
-from .activation import NONE, NOT_FUSED, RAW, SIGMOID, probability, seen_by_pixel
+from .activation import NONE, NOT_FUSED, RAW, probability, seen_by_pixel
 from .blocks import adding_programs, block_size, table_programs
 from .pairs import SUMS_WARPS, insert_pair, sum_neighbours, sum_neighbours_backward
 from .quantities import phi, phi_derivative, sum_where
@@ -59,6 +63,13 @@ GRADIENT_COLUMNS: tl.constexpr = tl.constexpr(ops.GRADIENT_COLUMNS)
 SAMPLE_GRADIENT_COLUMNS: tl.constexpr = tl.constexpr(ops.SAMPLE_GRADIENT_COLUMNS)
 WHOLE_GRADIENT_COLUMNS: tl.constexpr = tl.constexpr(ops.WHOLE_GRADIENT_COLUMNS)
 BY_REST: tl.constexpr = tl.constexpr(ops.BY_REST)
+BY_FALSE: tl.constexpr = tl.constexpr(ops.BY_FALSE)
+SLOPES_COLUMNS: tl.constexpr = tl.constexpr(ops.SLOPES_COLUMNS)
+FALSE_INSTANCES: tl.constexpr = tl.constexpr(ops.FALSE_INSTANCES)
+MISSED_INSTANCES: tl.constexpr = tl.constexpr(ops.MISSED_INSTANCES)
+HARD: tl.constexpr = tl.constexpr(ops.HARD)
+NO_GRADIENT: tl.constexpr = tl.constexpr(ops.NO_GRADIENT)
+OF_LOGARITHM: tl.constexpr = tl.constexpr(ops.OF_LOGARITHM)
 # For one warp (pairs.py), which reduces without barriers. A soft output has four numbers a voxel to keep instead of
 # one; in a block of 256, some would not fit the registers.
 SUMS_BLOCK, SOFT_SUMS_BLOCK = 256, 128
@@ -183,6 +194,9 @@ def _sum_instances_kernel(
 
 @triton.jit
 def _sum_instances_backward_kernel(
+    grad_terms_ptr,  # (7,) float64
+    out_slopes_ptr,  # (B, capacity, 5) float64
+    lab_slopes_ptr,  # (B, capacity, 5) float64
     grad_out_sums_ptr,  # (B, capacity, 3) float64
     grad_lab_sums_ptr,  # (B, capacity, 3) float64
     grad_excess_ptr,  # (B, capacity) float64
@@ -204,6 +218,7 @@ def _sum_instances_backward_kernel(
     ACTIVATION: tl.constexpr,
     PIXEL: tl.constexpr,
     PIXEL_QUANTITY: tl.constexpr,
+    MISTAKES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     voxel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -239,26 +254,42 @@ def _sum_instances_backward_kernel(
     slope = slope_1 if NO_TP else slope_1 - slope_0
     grad += _times(tl.load(row_ptr + COST, mask=inside, other=0.0), slope, inside)
 
+    here = foreground | (y > 0)
     row_ptr = grad_sample_sums_ptr + sample * WHOLE_GRADIENT_COLUMNS
-    grad += tl.load(row_ptr) * y.to(tl.float64)
-    grad += tl.load(row_ptr + 1) * phi_derivative(a, y, QUANTITY).to(tl.float64)
-    in_rest = (out > capacity) & (out <= capacity + rest)
-    row = sample * rest + out - capacity - 1
-    size = tl.load(rest_sizes_ptr + row, mask=in_rest, other=1)
-    touched = tl.load(touched_ptr + row, mask=in_rest, other=1)
-    grad += tl.where(touched, 0.0, tl.load(row_ptr + BY_REST) / size.to(tl.float64))
+    slope = phi_derivative(a, y, QUANTITY).to(tl.float64)
+    if ACTIVATION != NONE:
+        slope = tl.where(here, slope, 0.0)
+    # Where something is broken the load is NaN, and so is the gradient everywhere.
+    grad += tl.load(row_ptr) * y.to(tl.float64) + tl.load(row_ptr + 1) * slope
 
     p = probability(x, ACTIVATION)
+    if MISTAKES != NO_GRADIENT:
+        out_row, lab_row = sample * capacity + out - 1, sample * capacity + lab - 1
+        false = tl.load(out_slopes_ptr + out_row * SLOPES_COLUMNS + BY_FALSE, mask=in_out, other=0.0)
+        missed = tl.load(lab_slopes_ptr + lab_row * SLOPES_COLUMNS + BY_FALSE, mask=in_lab, other=0.0)
+        false *= tl.load(grad_terms_ptr + FALSE_INSTANCES)
+        missed *= tl.load(grad_terms_ptr + MISSED_INSTANCES)
+        in_rest = (out > capacity) & (out <= capacity + rest)
+        row = sample * rest + out - capacity - 1
+        size = tl.load(rest_sizes_ptr + row, mask=in_rest, other=1)
+        touched = tl.load(touched_ptr + row, mask=in_rest, other=1)
+        false += tl.where(touched, 0.0, tl.load(row_ptr + BY_REST) / size.to(tl.float64))
+        if MISTAKES != OF_LOGARITHM:
+            grad += false + missed
     if PIXEL != NOT_FUSED:
         labels = tl.load(labels_ptr + index, mask=in_volume, other=0)
         u, w = seen_by_pixel(x, p, foreground, y, labels, PIXEL)
         row_ptr = grad_pixel_sums_ptr + sample * SAMPLE_GRADIENT_COLUMNS
         by_u = tl.load(row_ptr) * w.to(tl.float64)
         by_u += tl.load(row_ptr + 1) * phi_derivative(u, w, PIXEL_QUANTITY).to(tl.float64)
+        if PIXEL == HARD:
+            by_u = tl.where(here, by_u, 0.0)
         if PIXEL != RAW:
             grad += by_u
-    if ACTIVATION == SIGMOID:
+    if ACTIVATION != NONE:
         grad *= (p * (1 - p)).to(tl.float64)
+    if MISTAKES == OF_LOGARITHM:
+        grad += false * p.to(tl.float64) + missed * (1 - p).to(tl.float64)
     if PIXEL == RAW:
         grad += by_u
     tl.store(grad_x_ptr + index, grad.to(x.dtype), mask=in_volume)
@@ -304,6 +335,8 @@ def launch_sum_instances(
 
 
 def launch_sum_instances_backward(
+    grad_terms: Tensor,
+    slopes: Tensor,
     grad_sums: Tensor,
     grad_sample_sums: Tensor,
     grad_pixel_sums: Tensor,
@@ -318,8 +351,9 @@ def launch_sum_instances_backward(
     no_tp: bool,
     pixel: int,
     pixel_quantity: int,
+    mistakes: int,
 ) -> Tensor:
-    """Gradient of `x` from the gradients of the sums by instance and by sample, and of those of the pixel term."""
+    """Gradient of z from those of the sums by instance and by sample, of the pixel term's, and of the mistakes."""
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel() == 0:
         return grad_x
@@ -328,9 +362,9 @@ def launch_sum_instances_backward(
     grad_excess = sum_neighbours_backward(pairs, grad_lab_sums, counts)
     block = block_size(num_voxels, GRADIENT_BLOCK)
     _sum_instances_backward_kernel[(triton.cdiv(num_voxels, block), batch)](
-        grad_out_sums, grad_lab_sums, grad_excess, grad_sample_sums, grad_pixel_sums,
+        grad_terms, *slopes.chunk(2), grad_out_sums, grad_lab_sums, grad_excess, grad_sample_sums, grad_pixel_sums,
         x, labels, *sites[0].chunk(2), sites[1], touched, counts[ops.KEPT], grad_x, num_voxels, capacity,
         touched.shape[1],
-        quantity, no_tp, activation, pixel, pixel_quantity if pixel != ops.NOT_FUSED else 0, block,
+        quantity, no_tp, activation, pixel, pixel_quantity if pixel != ops.NOT_FUSED else 0, mistakes, block,
     )  # fmt: skip
     return grad_x

@@ -260,12 +260,12 @@ def _terms_backward_kernel(
         if side == 0:
             count, used = tl.load(counts_ptr + OUTPUTS * B + sample), tl.load(counts_ptr + KEPT * B + sample)
             by_value = tl.load(grad_terms_ptr + INSTANCE_OUTPUT) * tl.load(sample_slopes_ptr + BY_OUTPUT)
-            by_false, by_near = tl.load(grad_terms_ptr + FALSE_INSTANCES), -by_distance
+            by_near = -by_distance
         else:
             count = tl.load(counts_ptr + LABELS * B + sample)
             used = count
             by_value = tl.load(grad_terms_ptr + INSTANCE_LABEL) * tl.load(sample_slopes_ptr + BY_LABEL)
-            by_false, by_near = tl.load(grad_terms_ptr + MISSED_INSTANCES), by_distance
+            by_near = by_distance
         start = (side * B + sample) * capacity
         if used == 0:  # row 0 is the whole sample
             by_whole += by_value + by_near * tl.load(slopes_ptr + start * SLOPES_COLUMNS + DISTANCE)
@@ -279,7 +279,6 @@ def _terms_backward_kernel(
             cost = tl.zeros((BLOCK,), tl.float64)
             if MASSES:
                 mass = by_center * tl.load(row_ptr + BY_CENTER, mask=here, other=0.0)
-                mass += by_false * tl.load(row_ptr + BY_FALSE, mask=here, other=0.0)
             if VALUES:
                 value = by_value + by_near * tl.load(row_ptr + DISTANCE, mask=here, other=0.0)
                 intersection = value * tl.load(row_ptr + BY_INTERSECTION, mask=here, other=0.0)
@@ -357,6 +356,6 @@ def launch_terms_backward(
     if batch > 0:
         block = block_size(capacity, ROWS_BLOCK)
         _terms_backward_kernel[(table_programs(triton.cdiv(capacity, block)), batch)](
-            grad_terms.contiguous(), slopes, sample_slopes, counts, *grads, capacity, masses, values, block
+            grad_terms, slopes, sample_slopes, counts, *grads, capacity, masses, values, block
         )
     return grads[0], grads[1], grads[2]

@@ -49,8 +49,8 @@ def reference_details(
     reduce_segmentation: str = "mean",
     instance_wise_reduce: str = "instance",
     num_iterations: int | None = None,
-    segmentation_threshold: float = 0.5,
-    max_cc_out: int = 50,
+    segmentation_threshold: float | None = None,
+    max_cc_out: int = 4096,
     mul_too_many: float = 50,
     min_instance_size: int = 0,
     centroid_offset: float = 3,
@@ -67,14 +67,17 @@ def reference_details(
     label_channel = channel if labels.shape[1] == num_out_chn else 0
     raw_labels = labels.to(x.dtype)
     one_label = raw_labels[:, label_channel : label_channel + 1]
-    y = (labels[:, label_channel : label_channel + 1] == 1).to(x.dtype)
+    y = (labels[:, label_channel : label_channel + 1] > 0.5).to(x.dtype)
 
     seen = x if activation == "softmax" else x[:, channel : channel + 1]
     if not torch.isfinite(seen).all():
         return dict.fromkeys(TERMS, (x * math.nan).sum()), []
 
+    if segmentation_threshold is None:
+        segmentation_threshold = 1 / num_out_chn if activation == "softmax" else 0.5
     soft = soft_activation(x, activation, channel)
-    a = activate(soft, activation, num_out_chn, segmentation_threshold, gradients)
+    a = activate(soft, y, activation, segmentation_threshold, gradients)
+    logarithms = log_probabilities(x, activation, channel) if gradients == "log" and activation != "none" else None
 
     if loss_function_pixel is None:
         pixel = dice(soft, y)
@@ -91,6 +94,7 @@ def reference_details(
                 a[b : b + 1],
                 y[b : b + 1],
                 given,
+                logarithms=None if logarithms is None else tuple(each[b : b + 1] for each in logarithms),
                 criterion=loss_function_instance or dice,
                 center_criterion=loss_function_center or dice,
                 num_iterations=num_iterations,
@@ -102,7 +106,7 @@ def reference_details(
                 smoother=smoother,
                 no_tp=instance_wise_loss_no_tp,
                 rates=rate_instead_number,
-                surrogate=gradients == "surrogate",
+                surrogate=gradients != "reference",
             )
         )
 
@@ -147,12 +151,24 @@ def soft_activation(x: Tensor, activation: str, channel: int) -> Tensor:
     return x[:, channel : channel + 1]
 
 
-def activate(soft: Tensor, activation: str, num_out_chn: int, threshold: float, gradients: str) -> Tensor:
-    """Return `a`: binary for "sigmoid" and "softmax", with the derivative of `soft` if surrogate, else none."""
+def activate(soft: Tensor, y: Tensor, activation: str, threshold: float, gradients: str) -> Tensor:
+    """Return `a`: binary for "sigmoid" and "softmax", with the derivative of `soft` if surrogate, else none.
+
+    A binary output has none where neither it nor the label is foreground: there it is right.
+    """
     if activation == "none":
         return soft
-    hard = (soft >= (threshold if activation == "sigmoid" else 1 / num_out_chn)).to(soft.dtype)
-    return hard + (soft - soft.detach()) if gradients == "surrogate" else hard
+    hard = (soft >= threshold).to(soft.dtype)
+    return hard + ((soft - soft.detach()) * torch.maximum(hard, y) if gradients != "reference" else 0)
+
+
+def log_probabilities(x: Tensor, activation: str, channel: int) -> tuple[Tensor, Tensor]:
+    """Log p and log(1 - p) of the object channel."""
+    if activation == "sigmoid":
+        return F.logsigmoid(x[:, channel : channel + 1]), F.logsigmoid(-x[:, channel : channel + 1])
+    others = [other for other in range(x.shape[1]) if other != channel]
+    whole = torch.logsumexp(x, dim=1, keepdim=True)
+    return x[:, channel : channel + 1] - whole, torch.logsumexp(x[:, others], dim=1, keepdim=True) - whole
 
 
 # Section 2: instances
@@ -218,6 +234,7 @@ def sample_terms(
     y: Tensor,
     given_ids: Tensor | None,
     *,
+    logarithms: tuple[Tensor, Tensor] | None,
     criterion: Criterion,
     center_criterion: Criterion,
     num_iterations: int | None,
@@ -231,7 +248,10 @@ def sample_terms(
     rates: bool,
     surrogate: bool,
 ) -> SampleTerms:
-    """Compute the terms of one sample from the activated output `a` and the label `y`, both (1, 1, *spatial)."""
+    """Compute the terms of one sample from the activated output `a` and the label `y`, both (1, 1, *spatial).
+
+    `logarithms` are log p and log(1 - p) where the gradient of mistakes is that of the cross entropy.
+    """
     foreground = a.detach() >= segmentation_threshold if segmentation_threshold > 0 else a.detach() == 1
     outputs = instances_of(reference_components(foreground, num_iterations), min_instance_size)
     label_ids = reference_components(y == 1, num_iterations) if given_ids is None else given_ids.long() * (y == 1)
@@ -256,14 +276,15 @@ def sample_terms(
 
     untouching = [output for output in outputs if not any(touches(output, label) for label in labels)]
     untouched = [label for label in labels if not any(touches(output, label) for output in outputs)]
+    log_p, log_not_p = logarithms or (a - 1, -a)  # as a stand for logarithms: a - 1 = -(1 - a)
     false_instances = straight_through(
         y.new_tensor(float(len(outputs) - len(correct))),
-        sum((a[output].mean() for output in untouching), start=a.new_zeros(())),
+        sum((-log_not_p[output].mean() for output in untouching), start=a.new_zeros(())),
         surrogate,
     )
     missed_instances = straight_through(
         y.new_tensor(float(len(labels) - len(detected))),
-        sum((1 - a[label].mean() for label in untouched), start=a.new_zeros(())),
+        sum((-log_p[label].mean() for label in untouched), start=a.new_zeros(())),
         surrogate,
     )
     if rates:

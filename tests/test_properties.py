@@ -112,7 +112,7 @@ def draw_ids(kind: str, labels: Tensor, generator: torch.Generator) -> Tensor | 
         return None
     if kind == "any":  # not components at all: scattered, also outside the labels, and missing on some of them
         return torch.randint(5, labels.shape, generator=generator)
-    ids = reference_components(labels == 1)
+    ids = reference_components(labels > 0.5)
     largest = int(ids.max())
     top = {"big": 2**30, "float32": 2**24, "int16": 2**15 - 1}[kind]
     # Another order, and some components share a number.
@@ -123,18 +123,23 @@ def draw_ids(kind: str, labels: Tensor, generator: torch.Generator) -> Tensor | 
     return ids.to({"big": torch.int64, "float32": torch.float32, "int16": torch.int16}[kind])
 
 
-def draw_outputs(masks: Tensor, activation: str, threshold: float, kind: str, generator: torch.Generator) -> Tensor:
-    """One channel that is foreground on `masks` as far as activation and threshold allow it."""
+def draw_outputs(
+    masks: Tensor, activation: str, channels: int, threshold: float | None, kind: str, generator: torch.Generator
+) -> Tensor:
+    """One channel that is foreground on `masks` as far as activation and threshold allow it; the others are 0."""
     noise = torch.rand(masks.shape, generator=generator)
     if activation != "none":
-        middle = math.log(threshold / (1 - threshold)) if activation == "sigmoid" and 0 < threshold < 1 else 0.0
+        threshold = (0.5 if activation == "sigmoid" else 1 / channels) if threshold is None else threshold
+        middle = math.log(threshold / (1 - threshold)) if 0 < threshold < 1 else 0.0
+        if activation == "softmax" and middle != 0.0:
+            middle = 0.0 if threshold == 1 / channels else middle + math.log(channels - 1)
         outputs = middle + torch.where(masks, 0.05 + 4 * noise, -0.05 - 4 * noise)
         if kind == "ties" and middle == 0:
             outputs = torch.where(masks, 0.0, outputs)
         return outputs.double()
-    if kind == "hard" or threshold <= 0:
+    if kind == "hard" or (threshold is not None and threshold <= 0):
         return torch.where(masks, 1.0, 0.0 if kind == "hard" else 0.9 * noise).double()
-    threshold = min(threshold, 0.95)
+    threshold = min(0.5 if threshold is None else threshold, 0.95)
     inside = threshold + 0.01 + (0.99 - threshold) * noise
     if kind == "ties":  # exactly at the threshold, which counts
         inside = torch.where(noise < 0.5, threshold, inside)
@@ -156,9 +161,9 @@ def cases(draw, max_voxels=240, max_size=13):
     activation = draw(st.sampled_from(["none", "sigmoid", "softmax"]))
     channels = draw(st.integers(2, 3) if activation == "softmax" else st.sampled_from([1, 1, 1, 2]))
     criterion = draw(st.sampled_from(list(CRITERIA)))
-    threshold = draw(st.sampled_from([0.5, 0.5, 0.25, 0.75, 0.7, 0.0, 1.0, -0.5]))
+    threshold = draw(st.sampled_from([None, None, 0.5, 0.25, 0.75, 0.7, 0.0, 1.0, -0.5]))
     kinds = ["soft", "hard"]
-    if threshold in (0.5, 0.25, 0.75):  # exact in float32
+    if threshold is None or (threshold in (0.5, 0.25, 0.75) and activation != "softmax"):  # exact in float32
         kinds += ["ties", "ties"]
     if criterion in ("any", "mse", "l1"):  # well conditioned whatever the outputs are
         kinds.append("raw")
@@ -174,7 +179,7 @@ def cases(draw, max_voxels=240, max_size=13):
     object_chn = draw(st.integers(0, channels - 1)) if channels > 1 else 1
     channel = object_chn if channels > 1 else 0
     outputs = torch.rand((batch, channels, *shape), generator=generator).double() * (0.9 if activation == "none" else 0)
-    outputs[:, channel] = draw_outputs(output_masks, activation, threshold, kind, generator)
+    outputs[:, channel] = draw_outputs(output_masks, activation, channels, threshold, kind, generator)
     if activation == "none" and criterion == "bce":
         outputs = outputs.clamp(MARGIN, 1 - MARGIN)
 
@@ -183,8 +188,9 @@ def cases(draw, max_voxels=240, max_size=13):
         labels = torch.rand((batch, channels, *shape), generator=generator) < 0.3
         labels[:, channel] = label_masks
     labels = labels.to(draw(st.sampled_from([torch.float32, torch.float64, torch.uint8, torch.int64, torch.bool])))
-    if labels.dtype == torch.int64:  # a class that is not ours
-        labels[(labels == 0) & (torch.rand(labels.shape, generator=generator) < 0.1)] = 2
+    if labels.dtype.is_floating_point and draw(st.booleans(), label="labels are neither 0 nor 1"):  # resampled ones
+        away = torch.rand(labels.shape, generator=generator, dtype=labels.dtype) * 0.7 - 0.25
+        labels = labels + torch.where(away > 0, away, 0).where(labels == 0, -away)
 
     id_kind = draw(st.sampled_from(["none", "none", "none", "any", "big", "float32", "int16"]))
     label_channel = channel if labels.shape[1] > 1 else 0
@@ -214,7 +220,7 @@ def cases(draw, max_voxels=240, max_size=13):
         "smoother": draw(st.sampled_from([1e-7, 1e-3])),
         "instance_wise_loss_no_tp": draw(st.booleans()),
         "rate_instead_number": draw(st.booleans()),
-        "gradients": draw(st.sampled_from(["surrogate", "surrogate", "reference"])),
+        "gradients": draw(st.sampled_from(["surrogate", "surrogate", "log", "log", "reference"])),
     }
     dtype = draw(st.sampled_from([torch.float64, torch.float64, torch.float32]))
     weights = draw(st.lists(st.sampled_from([1.0, -2.0, 0.5, 3.0]), min_size=len(TERMS), max_size=len(TERMS)))

@@ -2,6 +2,7 @@
 
 import math
 import os
+import warnings
 from collections.abc import Collection
 from typing import Any
 
@@ -153,14 +154,25 @@ def inputs(
     same_place("labels", labels, outputs, label_channels)
     if cc_label_batch is not None:
         tensor("cc_label_batch", cc_label_batch)
+        if cc_label_batch.dtype == torch.bool:
+            raise TypeError(
+                "cc_label_batch must hold the number of an instance at each voxel, got torch.bool, a mask; leave it "
+                "out, and components are found."
+            )
         same_place("cc_label_batch", cc_label_batch, outputs, (1,))
-        if debugging(cc_label_batch):
-            component_ids(cc_label_batch)
     if ignore_mask is not None:
         tensor("ignore_mask", ignore_mask)
         if ignore_mask.dtype != torch.bool:
             raise TypeError(f"ignore_mask must be bool, True where a voxel is ignored, got {ignore_mask.dtype}.")
         same_place("ignore_mask", ignore_mask, outputs, (1,))
+
+
+def warn_once(owner: Any, topic: str, message: str) -> None:
+    """Warn, unless `owner`, a loss's options, was the reason for a warning on that topic before."""
+    said = owner.__dict__.setdefault("_said", set())
+    if topic not in said:
+        said.add(topic)
+        warnings.warn(message, stacklevel=2)
 
 
 def debugging(value: Tensor) -> bool:
@@ -177,14 +189,66 @@ def _is_traced(value: Tensor) -> bool:
 
 def component_ids(ids: Tensor) -> None:
     """Precomputed components are 0 or positive whole numbers."""
-    if ids.dtype == torch.bool:
-        return
     lowest = ids.amin()
-    if not bool(lowest >= 0):  # catches NaN too
-        raise ValueError(f"cc_label_batch must hold whole numbers >= 0, got {lowest.item()!r} among them.")
-    if ids.is_floating_point() and not bool((ids == ids.trunc()).all() & ids.isfinite().all()):
-        broken = ids[(ids != ids.trunc()) | ~ids.isfinite()].flatten()[0]
-        raise ValueError(f"cc_label_batch must hold whole numbers >= 0, got {broken.item()!r} among them.")
+    broken = lowest if not bool(lowest >= 0) else None  # catches NaN too
+    if broken is None and ids.is_floating_point():
+        outside = (ids != ids.trunc()) | (ids >= 2.0**63)
+        broken = ids[outside].flatten()[0] if bool(outside.any()) else None
+    if broken is not None:
+        raise ValueError(
+            f"cc_label_batch must hold whole numbers >= 0 and below 2^63, got {broken.item()!r} among them."
+        )
+
+
+def mask(name: str, values: Tensor) -> None:
+    """`values` are 0 or 1, or close enough to be meant as that (SPEC section 1)."""
+    if values.dtype == torch.bool:
+        return
+    low, high = (value.item() for value in torch.aminmax(values))
+    if not (low >= -0.5 and high <= 1.5):
+        raise ValueError(
+            f"{name} must be 0 or 1 (from -0.5 to 1.5; foreground above 0.5), got {_unlike(low, high, 1.5)!r} among "
+            f"them. If they are a mask of 0 and 255, give {name} == 255; if class numbers, say to_onehot_y=True; if numbers "
+            f"of instances, give {name} > 0, and the numbers as cc_label_batch. For voxels without a label there are "
+            "ignore_index and ignore_mask."
+        )
+
+
+def class_numbers(name: str, values: Tensor, num_classes: int) -> None:
+    """`values` round to class numbers from 0 to `num_classes` - 1; of a single channel, to any number."""
+    low, high = (value.item() for value in torch.aminmax(values.byte() if values.dtype == torch.bool else values))
+    most = num_classes - 1 if num_classes > 1 else math.inf
+    # (rounds halves to even, as PyTorch does; NaN cannot be rounded)
+    finite = math.isfinite(low) and math.isfinite(high)
+    if not (finite and (num_classes == 1 or (round(low) >= 0 and round(high) <= most))):
+        allowed = f"from 0 to {most} (num_out_chn={num_classes})" if num_classes > 1 else "(finite)"
+        raise ValueError(
+            f"{name} must be class numbers {allowed}, got {_unlike(low, high, most)!r} among them. For voxels without a "
+            "label there are ignore_index and ignore_mask."
+        )
+
+
+def _unlike(low: float, high: float, most: float) -> float:
+    """Which of the smallest and the largest value is to be shown as one that is not allowed."""
+    return high if high > most else low
+
+
+def logits(outputs: Tensor, activation: str, ignored: Tensor | None) -> str | None:
+    """What to say of outputs that look like probabilities or a mask where logits are expected; None if nothing."""
+    # A few outputs are looked at first: any of a network that is below 0 tells, and then all is well.
+    if activation == "none" or not debugging(outputs) or not _in_unit_interval(outputs[0, 0, 0].reshape(-1)[:1024]):
+        return None
+    if not _in_unit_interval(outputs) or (ignored is not None and bool(ignored.all())):
+        return None
+    return (
+        f"outputs must be logits with activation={activation!r}, but all of them lie in [0, 1]; what is 0 in a "
+        'probability or mask is then a logit of 0, which is no background. Probabilities and masks: activation="none".'
+    )
+
+
+def _in_unit_interval(values: Tensor) -> bool:
+    low, high = torch.aminmax(values.detach())
+    return bool((low >= 0) & (high <= 1))
 
 
 def probabilities(name: str, a: Tensor) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import checks, ops
-from .activation import to_volume, unwrap
+from .activation import to_volume, unwrap, widen
 
 
 def capacity_bound(shape: torch.Size, num_iterations: int | None) -> int:
@@ -41,7 +41,7 @@ def connected_components(
     The id of a component is the largest linear index of its voxels (row-major over the spatial axes), plus one.
 
     Args:
-        mask: (B, 1, H, W) or (B, 1, H, W, D), any real dtype; a voxel is foreground where it is not 0.
+        mask: (B, 1, H, W) or (B, 1, H, W, D), any real dtype, 0 or 1; a voxel is foreground where it is above 0.5.
         num_iterations: None finds whole components. A number k gives what k rounds of 3x3(x3) max-pooling of the
             linear indices inside the mask give, as in the published code: a component wider than k steps falls apart.
         relabel: give 1..n in each sample, in the order of the ids, and the counts.
@@ -53,7 +53,8 @@ def connected_components(
     Raises:
         TypeError: `mask` is no dense tensor of a real dtype; `num_iterations` is no integer; `relabel` is no bool.
         ValueError: `mask` has another shape, another number of channels, no voxel, or more than 2^31 - 1 a sample;
-            `num_iterations` is below 1.
+            `num_iterations` is below 1; `mask` holds a value outside [-0.5, 1.5] (looked for on the CPU always, on CUDA
+            if the environment variable TRITON_INSTANCE_LOSS_DEBUG is 1).
 
     Note:
         Deterministic on every device. Not differentiable.
@@ -74,7 +75,10 @@ def connected_components(
     if num_iterations is not None:
         checks.integer("num_iterations", num_iterations, 1)
     checks.flag("relabel", relabel)
-    volume = to_volume(unwrap(mask).detach()) != 0
+    values = widen(unwrap(mask).detach())
+    if checks.debugging(values):
+        checks.mask("mask", values)
+    volume = to_volume(values) > 0.5
     if not relabel:
         ids: Tensor = ops.components(volume, num_iterations or 0)
         return ids.view(mask.shape)

@@ -7,9 +7,19 @@ import torch
 from torch import Tensor
 
 from . import checks, ops, quantities, slow
-from .activation import Given, activated, background, check_and_widen, probabilities, to_activate, to_compare
+from .activation import (
+    Given,
+    activated,
+    background,
+    carrier_of,
+    check_and_widen,
+    health_of,
+    probabilities,
+    to_activate,
+    to_compare,
+)
 from .criteria import DICE, FusedCriterion, fused_form, refuse_cross_entropy, warn_if_slow
-from .instances import find, instances_of_all
+from .instances import Found, find, instances_of_all
 from .options import Options
 from .terms import TERMS, FusedTerms, Request, place_of_centers
 
@@ -30,45 +40,59 @@ def evaluate_terms(
 ) -> dict[str, Tensor]:
     """The terms `names`, each a 0-d tensor; a criterion left out is our Dice. Nothing else is computed."""
     given = check_and_widen(outputs, labels, cc_label_batch, ignore_mask, options)
+    if (suspicion := checks.logits(outputs, options.activation, given.ignored)) is not None:
+        checks.warn_once(options, "logits", suspicion)
     instance, center = instance or DICE, center or DICE
     pixel_form, instance_form, center_form = map(fused_form, (pixel or DICE, instance, center))
     seen = _what_pixel_sees(pixel, pixel_form, given, names, options)
     with torch.autocast(given.outputs.device.type, enabled=False):
         x, truth = to_activate(given, options), to_compare(given, options)
+        carrier = carrier_of(x, given, options)
         looked_at = given.outputs if options.activation == "softmax" else x
         values: dict[str, Tensor] = {}
         if "pixel" in names and seen == ops.NOT_FUSED:
-            values["pixel"] = _pixel(x, truth, given, pixel, options) * _health(looked_at)
+            values["pixel"] = _pixel(x, carrier, truth, given, pixel, options) * health_of(looked_at, truth)
         if set(names) - {"pixel"}:
             seen_and_summed = seen, pixel_form.code if pixel_form else quantities.MASS
             found, pair_capacity, pixel_sums, health = find(x.detach(), truth, given.ids, seen_and_summed, options)
+            _say_what_is_capped(found, options)
             if center_form is None and "center" in names:
-                volumes = slow.volumes(x, found, options)
+                volumes = slow.volumes(x, carrier, found, options)
                 place = place_of_centers(x.shape, options)
-                values["center"] = slow.center(volumes, found, place, center, options) * _health(looked_at)
+                values["center"] = slow.center(volumes, found, place, center, options) * health_of(looked_at, truth)
             fused = tuple(name for name in TERMS if name in names and name not in values)
             request = Request(fused, options, seen, pixel_form, instance_form, center_form, pair_capacity)
             of_instances: Tensor | None = None
             if request.wants_instances and instance_form is None:
-                of_instances = slow.instance_values(slow.volumes(x, found, options), found, instance, options)
+                volumes = slow.volumes(x, carrier, found, options)
+                of_instances = slow.instance_values(volumes, found, instance, options)
             elif request.wants_instances and request.quantity == quantities.CROSS_ENTROPY and not options.hard:
                 checks.probabilities("loss_function_instance", x)
             if looked_at is not x:  # after a softmax, infinity no longer shows
-                health = health * _health(looked_at)
+                health = health * health_of(looked_at, truth)
             if fused:
                 sums, totals = (pixel_sums, health), instances_of_all(found.counts, options)
                 together: Tensor = FusedTerms.apply(  # type: ignore[no-untyped-call]
-                    x, of_instances, truth, *sums, totals, request, found.counts, found.geometry, *found.sites
-                )
+                    carrier, of_instances, x.detach(), truth, *sums, totals, request, found.counts, found.geometry,
+                    *found.sites,
+                )[0]  # fmt: skip
                 of_all = dict(zip(TERMS, together.to(x.dtype).unbind(), strict=True))
                 values.update((name, of_all[name]) for name in fused)
         return {name: values[name] for name in TERMS if name in names}
 
 
-def _health(outputs: Tensor) -> Tensor:
-    """1, or NaN if any output is NaN or infinite; every term is multiplied by it."""
-    low, high = torch.aminmax(outputs.detach())
-    return 1.0 + 0.0 * low + 0.0 * high
+def _say_what_is_capped(found: Found, options: Options) -> None:
+    """Warn once where `max_cc_out` leaves out outputs, if looking is free."""
+    if options.max_cc_out == 0 or not checks.debugging(found.counts):
+        return
+    outputs, kept = found.counts[ops.OUTPUTS], found.counts[ops.KEPT]
+    capped = outputs[(kept == options.max_cc_out) & (outputs > kept)]
+    if len(capped) > 0:
+        message = (
+            f"a sample has {int(capped.max())} output instances, of which max_cc_out={options.max_cc_out} are used one "
+            "by one; all others count as false. Raise it, or set 0 for no cap."
+        )
+        checks.warn_once(options, "max_cc_out", message)
 
 
 def _what_pixel_sees(
@@ -89,12 +113,14 @@ def _what_pixel_sees(
     return ops.RAW if raw and not hidden else ops.NOT_FUSED
 
 
-def _pixel(x: Tensor, truth: Tensor, given: Given, criterion: Criterion | None, options: Options) -> Tensor:
+def _pixel(
+    x: Tensor, carrier: Tensor, truth: Tensor, given: Given, criterion: Criterion | None, options: Options
+) -> Tensor:
     """The pixel term: on the raw tensors; with "softmax" on the activated output; by default Dice on probabilities."""
     if criterion is None:
-        return DICE.forward(probabilities(x, options)[:, None], (truth == 1)[:, None])
+        return DICE.forward(probabilities(carrier, options)[:, None], (truth > 0.5)[:, None])
     if options.activation == "softmax":
-        a = activated(x, x.detach() >= 1.0 / options.num_out_chn, options)
+        a = activated(x, carrier, x >= options.threshold, truth > 0.5, options)
         shape = (given.outputs.shape[0], len(options.channels), 1, *given.outputs.shape[2:])
         pairs = zip(a.view(shape).unbind(1), truth.to(a.dtype).view(shape).unbind(1), strict=True)
         of_classes = [checks.scalar("loss_function_pixel", criterion(*pair)) for pair in pairs]
@@ -123,7 +149,7 @@ def instance_segmentation_loss(
     Args:
         outputs: (B, N, *spatial), float16, bfloat16, float32 or float64: logits, or probabilities with
             `activation="none"`.
-        labels: (B, 1, *spatial) or (B, N, *spatial), any real dtype; foreground where 1.
+        labels: (B, 1, *spatial) or (B, N, *spatial), any real dtype; 0 or 1, foreground where above 0.5.
         cc_label_batch: (B, 1, *spatial), optional precomputed components of `labels`: 0 = background, any positive
             whole number = an instance.
         ignore_mask: (B, 1, *spatial) bool, optional: where True, a voxel is neither foreground nor background.
@@ -175,7 +201,7 @@ def instance_center_loss(
     Args:
         outputs: (B, N, *spatial), float16, bfloat16, float32 or float64: logits, or probabilities with
             `activation="none"`.
-        labels: (B, 1, *spatial) or (B, N, *spatial), any real dtype; foreground where 1.
+        labels: (B, 1, *spatial) or (B, N, *spatial), any real dtype; 0 or 1, foreground where above 0.5.
         cc_label_batch: (B, 1, *spatial), optional precomputed components of `labels`.
         ignore_mask: (B, 1, *spatial) bool, optional: where True, a voxel is neither foreground nor background.
         criterion: the loss c(u, w) of two volumes; None is Dice.
@@ -225,7 +251,7 @@ def false_instance_rate_loss(
     Args:
         outputs: (B, N, *spatial), float16, bfloat16, float32 or float64: logits, or probabilities with
             `activation="none"`.
-        labels: (B, 1, *spatial) or (B, N, *spatial), any real dtype; foreground where 1.
+        labels: (B, 1, *spatial) or (B, N, *spatial), any real dtype; 0 or 1, foreground where above 0.5.
         cc_label_batch: (B, 1, *spatial), optional precomputed components of `labels`.
         ignore_mask: (B, 1, *spatial) bool, optional: where True, a voxel is neither foreground nor background.
         **options: keyword options of `InstanceLoss`, same names, checks and defaults.
@@ -274,7 +300,7 @@ def instance_proximity_loss(
     Args:
         outputs: (B, N, *spatial), float16, bfloat16, float32 or float64: logits, or probabilities with
             `activation="none"`.
-        labels: (B, 1, *spatial) or (B, N, *spatial), any real dtype; foreground where 1.
+        labels: (B, 1, *spatial) or (B, N, *spatial), any real dtype; 0 or 1, foreground where above 0.5.
         cc_label_batch: (B, 1, *spatial), optional precomputed components of `labels`.
         ignore_mask: (B, 1, *spatial) bool, optional: where True, a voxel is neither foreground nor background.
         criterion: the loss c(u, w) of two volumes behind instance_label and instance_output; None is Dice.

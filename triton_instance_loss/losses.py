@@ -58,8 +58,8 @@ class _Family(_Loss):
         reduce_segmentation: str = "mean",
         instance_wise_reduce: str = "instance",
         num_iterations: int | None = None,
-        segmentation_threshold: float = 0.5,
-        max_cc_out: int = 50,
+        segmentation_threshold: float | None = None,
+        max_cc_out: int = 4096,
         mul_too_many: float = 50,
         min_instance_size: int = 0,
         centroid_offset: float = 3,
@@ -189,7 +189,9 @@ class InstanceLoss(_Family):
 
     - outputs: (B, N, H, W) or (B, N, H, W, D), float16, bfloat16, float32 or float64: logits, or with
       `activation="none"` probabilities or any finite numbers. Half precision is widened to float32.
-    - labels: (B, 1, *spatial) or (B, N, *spatial), any real dtype, bool included; foreground where 1.
+    - labels: (B, 1, *spatial) or (B, N, *spatial), any real dtype, bool included; 0 or 1, foreground where above 0.5.
+      What is not in [-0.5, 1.5] is an error on the CPU, and on CUDA under TRITON_INSTANCE_LOSS_DEBUG=1; there, without
+      it, every term is NaN.
     - cc_label_batch: (B, 1, *spatial), optional: the components of `labels`, precomputed; 0 = background, any positive
       whole number = an instance.
     - ignore_mask: (B, 1, *spatial) bool, optional: where True, a voxel is neither foreground nor background for any
@@ -209,13 +211,15 @@ class InstanceLoss(_Family):
             several, each is a class against the rest, `labels` have N channels (or see `to_onehot_y`), and terms are
             averaged over classes. The pixel loss is called once all the same where it works on the raw tensors.
         spatial_dims: 2 or 3.
-        reduce_segmentation: "mean" or "sum" over the instances of a sample, with `instance_wise_reduce="data"`.
+        reduce_segmentation: "mean" or "sum" over the instances of a sample, with `instance_wise_reduce="data"`; without
+            effect with "instance", as published.
         instance_wise_reduce: "instance": mean over all instances of the batch; "data": per sample, then mean.
         num_iterations: None finds whole components; k cuts them as k rounds of max-pooling do (published: 350).
-        segmentation_threshold: outputs of at least this are foreground; 0 or less: outputs equal to 1. At most 1
-            unless `activation="none"`.
+        segmentation_threshold: activated outputs of at least this are foreground; None: 0.5, or 1 / N with "softmax".
+            At most 1 unless `activation="none"`; there, 0 or less means outputs equal to 1.
         max_cc_out: output instances used individually, in id order; 0 = all. Those beyond it count as false, and a
-            label that only they touch as missed.
+            label that only they touch as missed; on the CPU, one warning says so. The published 50 is less than images
+            of cells hold.
         mul_too_many: with more than this many outputs a label, no output is used individually.
         min_instance_size: components of so many voxels or fewer are background.
         centroid_offset: half the side of the centre boxes, in voxels of the longest axis. A box is [c - o - 1, c + o)
@@ -223,14 +227,18 @@ class InstanceLoss(_Family):
         smoother: keeps divisions from zero, above 0.
         instance_wise_loss_no_tp: leave out of a label's value what its outputs cover of other labels.
         rate_instead_number: give false and missed instances as rates.
-        gradients: "surrogate" gives every term a gradient; "reference" those of the published code, zero for center,
-            false_instances and missed_instances, and for all instance terms with "sigmoid" and "softmax".
-        to_onehot_y: `labels` are (B, 1, *spatial) and hold the number of a class; foreground where it is `object_chn`.
+        gradients: "surrogate" gives every term a gradient; "log" the same, but with "sigmoid" and "softmax" that of
+            false_instances and missed_instances is the gradient of a cross entropy, which does not vanish where the
+            network is sure; "reference" those of the published code, zero for center, false_instances and
+            missed_instances, and for all instance terms with "sigmoid" and "softmax".
+        to_onehot_y: `labels` are (B, 1, *spatial) and hold the number of a class; foreground where it rounds to
+            `object_chn`. A number that is no channel, and is not ignored, is an error as for `labels`.
         ignore_index: voxels of this label (in any channel) are ignored, like those of `ignore_mask`. A pixel loss sees
-            background there; one that averages over voxels still counts them.
+            background there; one that averages over voxels still counts them. Not 0 or 1 where labels are 0 and 1.
         process_group: with `instance_wise_reduce="instance"`, average over the instances of all processes: "world", or
             a group of torch.distributed. The loss of a process is then its share, and the mean of all shares, whose
             gradient is what DistributedDataParallel makes, is the loss of the joint batch. None: each for itself.
+            Without effect with "data", which averages over samples.
 
     Raises:
         TypeError: An argument of the wrong type; a criterion that is not callable or returns no tensor; integer or

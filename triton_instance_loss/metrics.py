@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from . import checks, ops, quantities
-from .activation import check_and_widen, to_activate, to_compare
+from .activation import Given, check_and_widen, health_of, to_activate, to_compare, to_volume
 from .components import rows_of_tables
 from .instances import Found, find, first_rows
 from .options import Options
@@ -52,7 +52,7 @@ def instance_metrics(
     object_chn: int | Sequence[int] = 1,
     spatial_dims: int = 3,
     num_iterations: int | None = None,
-    segmentation_threshold: float = 0.5,
+    segmentation_threshold: float | None = None,
     min_instance_size: int = 0,
     to_onehot_y: bool = False,
     ignore_index: float | None = None,
@@ -88,7 +88,7 @@ def instance_metrics(
     Args:
         outputs: (B, N, *spatial), float16, bfloat16, float32 or float64: logits, or probabilities with
             `activation="none"`.
-        labels: (B, 1, *spatial) or (B, N, *spatial), any real dtype; foreground where 1.
+        labels: (B, 1, *spatial) or (B, N, *spatial), any real dtype; 0 or 1, foreground where above 0.5.
         cc_label_batch: (B, 1, *spatial), optional precomputed components of `labels`: 0 = background, any positive
             whole number = an instance.
         ignore_mask: (B, 1, *spatial) bool, optional: where True, a voxel is neither foreground nor background.
@@ -99,7 +99,8 @@ def instance_metrics(
         object_chn: the channel that is looked at, counted from 0, if there are several; or several of them.
         spatial_dims: 2 or 3.
         num_iterations: None for whole components, or rounds of max-pooling as in the published code.
-        segmentation_threshold: an output voxel is foreground from here on.
+        segmentation_threshold: an output voxel is foreground from here on. None: 0.5, and with "softmax" where the
+            class has the largest probability (of equally large ones the first).
         min_instance_size: components of this many voxels or fewer are background, on both sides.
         to_onehot_y: `labels` are (B, 1, *spatial) and hold the number of a class.
         ignore_index: voxels of this label are ignored.
@@ -111,7 +112,9 @@ def instance_metrics(
 
     Raises:
         TypeError: An argument has the wrong type (integer or complex `outputs`, ...).
-        ValueError: An option or shape is not allowed, or the tensors do not fit each other.
+        ValueError: An option or shape is not allowed, or the tensors do not fit each other; and, looked for on the CPU
+            always, on CUDA if the environment variable TRITON_INSTANCE_LOSS_DEBUG is 1: labels that are neither 0 nor
+            1, and, with "sigmoid", outputs that all lie in [0, 1], as probabilities or a mask do.
 
     Note:
         Not differentiable, deterministic on every device, and without a synchronisation with the host on CUDA: that
@@ -152,8 +155,10 @@ def instance_metrics(
         mul_too_many=checks.MAX_VOXELS,  # and there are never too many
     )
     given = check_and_widen(outputs, labels, cc_label_batch, ignore_mask, options)
+    if activation == "sigmoid" and (suspicion := checks.logits(outputs, activation, given.ignored)) is not None:
+        raise ValueError(suspicion)
     with torch.no_grad(), torch.autocast(given.outputs.device.type, enabled=False):
-        x, truth = to_activate(given, options), to_compare(given, options)
+        x, truth = _to_activate(given, options), to_compare(given, options)
         pixel = ops.NOT_FUSED, quantities.MASS
         found, pair_capacity, _, _ = find(x, truth, given.ids, pixel, options)
         if matching == "overlap":
@@ -164,10 +169,20 @@ def instance_metrics(
         metrics = _from_matches(num_outputs, num_labels, matches)
         shape = (len(given.outputs), len(options.classes))
         looked_at = given.outputs.flatten(1)[:, None] if activation == "softmax" else x.view(*shape, -1)
-        low, high = torch.aminmax(looked_at, dim=2)
-        health = 1.0 + 0.0 * low + 0.0 * high  # NaN if any output is NaN or infinite
+        health = health_of(looked_at, truth.view(*shape, -1), dim=2)
         of_classes = (value.view(shape).to(x.dtype) * health for value in metrics)
         return InstanceMetrics(*(value[:, 0] if isinstance(object_chn, int) else value for value in of_classes))
+
+
+def _to_activate(given: Given, options: Options) -> Tensor:
+    """The volume that the activation works on; of a softmax without a threshold 1 where the class is the largest."""
+    if options.activation != "softmax" or options.segmentation_threshold is not None:
+        return to_activate(given, options)
+    largest = given.outputs.argmax(dim=1, keepdim=True)
+    chosen = torch.cat([largest == channel for channel in options.channels], dim=1)
+    if given.ignored is not None:
+        chosen &= ~given.ignored
+    return to_volume(chosen.to(given.outputs.dtype))
 
 
 def _match_by_overlap(x: Tensor, found: Found, pair_capacity: int) -> _Matches:

@@ -20,16 +20,21 @@ from torch import Tensor
 
 BACKEND_VARIABLE = "TRITON_INSTANCE_LOSS_BACKEND"
 
-# Activations: the activated output a of x, and what the gradient flows into.
-NONE = 0  # a = x; foreground where x >= threshold, or x == 1 if the threshold is 0 or less
-SIGMOID = 1  # a = foreground = [sigmoid(x) >= threshold]; sigmoid(x)
-GIVEN = 2  # a = foreground = [x >= threshold] of a probability x; x
+# Activations: the activated output a of x; the probability p, if there is one, and z, what the gradient flows into.
+NONE = 0  # a = x; foreground where x >= threshold, or x == 1 if the threshold is 0 or less; z = x
+SIGMOID = 1  # a = foreground = [p >= threshold]; p = sigmoid(x), z = x
+GIVEN = 2  # a = foreground = [p >= threshold]; p = x = sigmoid(z), of a logit z that is not looked at
 
 # What the pixel term, where it is fused, sees as prediction u and truth w.
 NOT_FUSED = -1
 RAW = 0  # x, and the labels as they are
-PROBABILITY = 1  # sigmoid(x) with SIGMOID, else x; and y
-HARD = 2  # a, with the derivative of what the gradient flows into; and the labels as they are
+PROBABILITY = 1  # p, or x with NONE; and y
+HARD = 2  # a, with the derivative of p where a or y is 1 and none elsewhere; and the labels as they are
+
+# The gradient of false and missed instances in a false output O and a missed label L.
+NO_GRADIENT = 0
+OF_MEAN = 1  # of the mean of a over O, and of 1 - the mean of a over L
+OF_LOGARITHM = 2  # of the mean of -log(1 - p) over O, and of -log p over L
 
 # How many there are in a sample: outputs, those of them that are used individually (rows 1..kept), labels.
 OUTPUTS, KEPT, LABELS, COUNTS = 0, 1, 2, 3
@@ -77,12 +82,13 @@ SITE_LINES, GROUP_LINES = 2, 5
 _library = torch.library.Library("triton_instance_loss", "DEF")
 
 _SCHEMAS = {
-    # x float32 or float64, labels of any real dtype but half, precomputed ids (int64, 0 outside y) or none
+    # x float32 or float64, labels of any real dtype but half (y where above 0.5), precomputed ids (int64, 0 outside y)
+    # or none
     # -> sites: where the foreground is, and which instances it belongs to, as the same backend's operators below want
     # it; sums (B, 3) float64 of u * w, phi(u, w) and truth w of the pixel term, zeros with pixel=-1; health,
-    # 0-d float64: 1, or NaN if any x is NaN or infinite; counts (3, B) int32 (outputs, kept outputs, labels) and
-    # geometry (2 B, capacity, 10) int64; capacity 0: as many rows as the largest count, at least 1 (the CPU backend
-    # alone, where counting costs nothing; it has no rest)
+    # 0-d float64: 1, or NaN if any x is not finite or any label not in [-0.5, 1.5]; counts (3, B) int32 (outputs, kept
+    # outputs, labels) and geometry (2 B, capacity, 10) int64; capacity 0: as many rows as the largest count, at least 1
+    # (the CPU backend alone, where counting costs nothing; it has no rest)
     "find": "(Tensor x, Tensor labels, Tensor? ids, int activation, float threshold, int pixel, int pixel_quantity,"
     " int num_iterations, int min_size, int max_kept, float too_many, int capacity, int rest)"
     " -> (Tensor[], Tensor, Tensor, Tensor, Tensor)",
@@ -99,10 +105,12 @@ _SCHEMAS = {
     #    the same backend's backward wants them; which of the rest of the outputs touch a label, (B, rest) bool
     "sum_instances": "(Tensor x, Tensor[] sites, Tensor counts, Tensor geometry, int activation, int quantity,"
     " bool no_tp, int pair_capacity) -> (Tensor, Tensor, Tensor, Tensor)",
-    # gradients of both sums, and of those of the pixel term -> gradient of x, of its shape and dtype
-    "sum_instances_backward": "(Tensor grad_sums, Tensor grad_sample_sums, Tensor grad_pixel_sums, Tensor x,"
-    " Tensor labels, Tensor[] sites, Tensor pairs, Tensor touched, Tensor counts, int activation, int quantity,"
-    " bool no_tp, int pixel, int pixel_quantity) -> Tensor",
+    # gradients of the terms, of which those of false and missed instances are asked for, and slopes of instances;
+    # gradients of both sums, and of those of the pixel term -> gradient of z, of the shape and dtype of x. With an
+    # activation other than NONE, instances have none where neither a nor y is 1
+    "sum_instances_backward": "(Tensor grad_terms, Tensor slopes, Tensor grad_sums, Tensor grad_sample_sums,"
+    " Tensor grad_pixel_sums, Tensor x, Tensor labels, Tensor[] sites, Tensor pairs, Tensor touched, Tensor counts,"
+    " int activation, int quantity, bool no_tp, int pixel, int pixel_quantity, int mistakes) -> Tensor",
     # results of the other operators; without owned or distances there is no center or proximity, and without values
     # (2 B, capacity) of the criterion these follow from the sums. Samples belong to classes in turns, and instances are
     # averaged class by class: over those of the batch, or over totals (2, classes) float64 of kept outputs and labels
@@ -111,7 +119,8 @@ _SCHEMAS = {
     " Tensor? owned, Tensor? distances, Tensor? values, Tensor? totals, float[] numbers, int classes, int reduction,"
     " bool rates)"
     " -> (Tensor, Tensor, Tensor)",
-    # gradients of the terms; with masses those that the surrogate adds, with values those of the criterion
+    # gradients of the terms (7,), contiguous; with masses those that the surrogate adds, but for false and missed
+    # instances in the tables, with values those of the criterion
     # -> gradients of sums (2 B, capacity, 3), of sample sums and the rest (B, 3), and of the pixel term's sums (B, 2)
     "terms_backward": "(Tensor grad_terms, Tensor slopes, Tensor sample_slopes, Tensor counts, bool masses,"
     " bool values) -> (Tensor, Tensor, Tensor)",
@@ -266,6 +275,8 @@ def _fake_sum_instances(
 
 
 def _fake_sum_instances_backward(
+    grad_terms: Tensor,
+    slopes: Tensor,
     grad_sums: Tensor,
     grad_sample_sums: Tensor,
     grad_pixel_sums: Tensor,
@@ -280,6 +291,7 @@ def _fake_sum_instances_backward(
     no_tp: bool,
     pixel: int,
     pixel_quantity: int,
+    mistakes: int,
 ) -> Tensor:
     return x.new_empty(x.shape)
 

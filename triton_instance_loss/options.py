@@ -14,7 +14,8 @@ class Options:
     """All options but the three criteria, checked; `dataclasses.replace` gives a changed and checked copy.
 
     The public classes say what each means (`InstanceLoss`). Names and defaults are the published ones, except
-    `num_iterations` (whole components), `centroid_offset` (the documented 3) and the last four, which are ours.
+    `num_iterations` (whole components), `centroid_offset` (the documented 3), `max_cc_out` (50, which images of many
+    objects exceed) and the last four, which are ours.
     """
 
     activation: str = "sigmoid"
@@ -24,8 +25,8 @@ class Options:
     reduce_segmentation: str = "mean"
     instance_wise_reduce: str = "instance"
     num_iterations: int | None = None
-    segmentation_threshold: float = 0.5
-    max_cc_out: int = 50
+    segmentation_threshold: float | None = None
+    max_cc_out: int = 4096
     mul_too_many: float = 50
     min_instance_size: int = 0
     centroid_offset: float = 3
@@ -41,7 +42,7 @@ class Options:
         checks.choice("activation", self.activation, ("sigmoid", "softmax", "none"))
         checks.choice("reduce_segmentation", self.reduce_segmentation, ("mean", "sum"))
         checks.choice("instance_wise_reduce", self.instance_wise_reduce, ("instance", "data"))
-        checks.choice("gradients", self.gradients, ("surrogate", "reference"))
+        checks.choice("gradients", self.gradients, ("surrogate", "log", "reference"))
         checks.integer("num_out_chn", self.num_out_chn, 2 if self.activation == "softmax" else 1)
         if isinstance(self.object_chn, list):  # as JSON has it
             object.__setattr__(self, "object_chn", tuple(self.object_chn))
@@ -51,8 +52,9 @@ class Options:
             raise ValueError(f"spatial_dims must be 2 or 3, got {self.spatial_dims!r}.")
         if self.num_iterations is not None:
             checks.integer("num_iterations", self.num_iterations, 1)
-        most = math.inf if self.activation == "none" else 1.0  # activated outputs are 0 or 1
-        checks.number("segmentation_threshold", self.segmentation_threshold, maximum=most)
+        if self.segmentation_threshold is not None:
+            most = math.inf if self.activation == "none" else 1.0  # probabilities are at most 1
+            checks.number("segmentation_threshold", self.segmentation_threshold, maximum=most)
         checks.integer("max_cc_out", self.max_cc_out, 0)
         checks.number("mul_too_many", self.mul_too_many, 0)
         checks.integer("min_instance_size", self.min_instance_size, 0)
@@ -68,6 +70,11 @@ class Options:
                 raise ValueError(
                     f"ignore_index must not be a label of foreground, {foreground}, got {self.ignore_index!r}."
                 )
+            if self.ignore_index == 0 and not self.to_onehot_y:
+                raise ValueError(
+                    f"ignore_index must not be the background of labels that are 0 and 1 (to_onehot_y=False), got "
+                    f"{self.ignore_index!r}."
+                )
             self.check_ignoring()
         checks.process_group("process_group", self.process_group)
 
@@ -76,7 +83,7 @@ class Options:
 
     def check_ignoring(self) -> None:
         """Voxels can be ignored only if there is a value that is background."""
-        if self.activation == "sigmoid" and self.segmentation_threshold <= 0:
+        if self.hard and self.threshold <= 0:
             raise ValueError(
                 "segmentation_threshold must be above 0 where voxels are ignored, as any probability reaches it, "
                 f"got {self.segmentation_threshold!r}."
@@ -93,6 +100,13 @@ class Options:
         return self.classes if self.num_out_chn > 1 else (0,)
 
     @property
+    def threshold(self) -> float:
+        """What an activated output is at least that is foreground."""
+        if self.segmentation_threshold is not None:
+            return float(self.segmentation_threshold)
+        return 1.0 / self.num_out_chn if self.activation == "softmax" else 0.5
+
+    @property
     def hard(self) -> bool:
         """Whether the activated output is 0 or 1."""
         return self.activation != "none"
@@ -100,7 +114,7 @@ class Options:
     @property
     def surrogate(self) -> bool:
         """Whether every term has a gradient."""
-        return self.gradients == "surrogate"
+        return self.gradients != "reference"
 
 
 NAMES = tuple(field.name for field in dataclasses.fields(Options))

@@ -23,10 +23,10 @@ class Volumes(NamedTuple):
     lab_rows: Tensor  # int32
 
 
-def volumes(x: Tensor, found: Found, options: Options) -> Volumes:
+def volumes(x: Tensor, carrier: Tensor, found: Found, options: Options) -> Volumes:
     """The volumes of a call."""
     foreground, y, out_rows, lab_rows = ops.row_maps(x.detach(), found.sites)
-    return Volumes(activated(x, foreground, options), y, out_rows, lab_rows)
+    return Volumes(activated(x, carrier, foreground, y, options), y, out_rows, lab_rows)
 
 
 def instance_values(volumes: Volumes, found: Found, criterion: Criterion, options: Options) -> Tensor:

@@ -67,6 +67,13 @@ class Request:
         return ops.BY_MEAN if self.options.reduce_segmentation == "mean" else ops.BY_SUM
 
     @property
+    def mistakes(self) -> int:
+        """Code of the gradient of false and missed instances."""
+        if not self.options.surrogate:
+            return ops.NO_GRADIENT
+        return ops.OF_LOGARITHM if self.options.gradients == "log" and self.options.hard else ops.OF_MEAN
+
+    @property
     def classes(self) -> int:
         """How many classes the samples of a volume belong to, in turns."""
         return len(self.options.classes)
@@ -116,9 +123,13 @@ class _OnceDifferentiable(torch.autograd.Function):
     """A gradient that raises when it is differentiated; torch's `once_differentiable` looks at what flows in alone."""
 
     @staticmethod
-    def forward(ctx: Any, grad: Tensor, x: Tensor) -> Tensor:
-        """The gradient; `x` connects it to the graph."""
+    def forward(grad: Tensor, carrier: Tensor) -> Tensor:
+        """The gradient; `carrier` connects it to the graph."""
         return grad.view_as(grad)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        """There is nothing to keep."""
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
@@ -127,13 +138,13 @@ class _OnceDifferentiable(torch.autograd.Function):
 
 
 class FusedTerms(torch.autograd.Function):
-    """The terms of a request as a function of the volume that is activated, and of values that are given."""
+    """The terms of a request as a function of the volume that gradients flow into, and of values that are given."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
+        carrier: Tensor,
         values: Tensor | None,
+        x: Tensor,
         labels: Tensor,
         pixel_sums: Tensor,
         health: Tensor,
@@ -143,8 +154,8 @@ class FusedTerms(torch.autograd.Function):
         geometry: Tensor,
         where: Tensor,
         which: Tensor,
-    ) -> Tensor:
-        """All terms, (7,) float64, 0 where not wanted."""
+    ) -> tuple[Tensor, ...]:
+        """All terms, (7,) float64, 0 where not wanted; and what the backward wants to know."""
         options, names = request.options, request.names
         size, offsets = place_of_centers(x.shape, options)
         sums, sample_sums, pairs, touched = ops.sum_instances(
@@ -176,35 +187,47 @@ class FusedTerms(torch.autograd.Function):
             request.reduction,
             options.rate_instead_number,
         )
-        ctx.save_for_backward(x, labels, pairs, touched, slopes, sample_slopes, counts, where, which)
-        ctx.request, ctx.values_type = request, None if values is None else values.dtype
-        return terms  # type: ignore[no-any-return]
+        return terms, slopes, sample_slopes, pairs, touched
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        """Keep what the backward wants to know."""
+        carrier, values, x, labels, _, _, _, request, counts, _, *sites = inputs
+        _, *kept = output
+        ctx.mark_non_differentiable(*kept)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(carrier, x, labels, counts, *sites, *kept)
+        ctx.request, ctx.values_type = request, None if values is None else values.dtype
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> Any:
         """Gradients of the volume and of the values that were given."""
+        if grad is None:  # of the terms; what else is returned has none
+            return (None,) * 12
         with torch.no_grad():
             grads: tuple[Tensor | None, ...] = FusedTerms._gradients(ctx, grad)
         if torch.is_grad_enabled():  # a graph of the backward was asked for
-            x = ctx.saved_tensors[0]
+            carrier = ctx.saved_tensors[0]
             grads = tuple(
-                None if each is None else _OnceDifferentiable.apply(each, x)  # type: ignore[no-untyped-call]
+                None if each is None else _OnceDifferentiable.apply(each, carrier)  # type: ignore[no-untyped-call]
                 for each in grads
             )
-        return (*grads, *(None,) * 9)
+        return (*grads, *(None,) * 10)
 
     @staticmethod
     def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
-        x, labels, pairs, touched, slopes, sample_slopes, counts, *sites = ctx.saved_tensors
-        request, options = ctx.request, ctx.request.options
+        _, x, labels, counts, where, which, slopes, sample_slopes, pairs, touched = ctx.saved_tensors
+        request, options, grad = ctx.request, ctx.request.options, grad.contiguous()
         # As published, a hard activated output passes no gradient on.
         flows = options.surrogate or not options.hard
         pixel = request.pixel if "pixel" in request.names else ops.NOT_FUSED
         grad_x = ops.sum_instances_backward(
+            grad,
+            slopes,
             *ops.terms_backward(grad, slopes, sample_slopes, counts, options.surrogate, flows),
             x,
             labels,
-            sites,
+            [where, which],
             pairs,
             touched,
             counts,
@@ -213,6 +236,7 @@ class FusedTerms(torch.autograd.Function):
             options.instance_wise_loss_no_tp,
             ops.NOT_FUSED if pixel == ops.HARD and not flows else pixel,
             request.pixel_quantity,
+            request.mistakes,
         )
         if ctx.values_type is None:
             return grad_x, None

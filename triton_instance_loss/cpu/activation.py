@@ -36,10 +36,10 @@ class Foreground(NamedTuple):
 
     voxels: Indices  # by their index in the batch, ascending
     x: NDArray[Any]
-    p: NDArray[Any]  # what gradients flow into: the sigmoid of x, or x
+    p: NDArray[Any]  # the probability, or x where there is none
     labels: NDArray[Any]
     out: Mask  # whether a is foreground
-    lab: Mask  # whether y is; where neither is, labels are something else than 0 and 1
+    lab: Mask  # whether y is; where neither is, labels are between 0 and foreground
 
 
 def find_foreground(x: Tensor, labels: Tensor, activation: int, threshold: float) -> Foreground:
@@ -53,17 +53,17 @@ def find_foreground(x: Tensor, labels: Tensor, activation: int, threshold: float
     there, labels_there = values.numpy()[voxels], truths.numpy()[voxels]
     p = probability(torch.from_numpy(there), activation).numpy()
     out = p == 1 if activation == NONE and threshold <= 0 else p >= threshold
-    foreground = Foreground(voxels, there, p, labels_there, out, labels_there == 1)
+    foreground = Foreground(voxels, there, p, labels_there, out, labels_there > 0.5)
     sure = out | (labels_there != 0)
     return foreground if sure.all() else Foreground(*(each[sure] for each in foreground))
 
 
 def _least(threshold: float, activation: int) -> float:
     """What an output is at least that may be foreground."""
-    if activation != SIGMOID:
-        return threshold if threshold > 0 else 1.0
     if threshold <= 0:
-        return -math.inf
+        return 1.0 if activation == NONE else -math.inf
+    if activation != SIGMOID:
+        return threshold
     low = threshold * (1.0 - SIGMOID_ERROR)
     return math.log(low / (1.0 - low))
 
@@ -92,23 +92,16 @@ def nonzero(flat: NDArray[np.uint8]) -> Indices:
 
 
 def probability(x: Tensor, activation: int) -> Tensor:
-    """What gradients flow into, elementwise."""
+    """The probability, or x where there is none, elementwise."""
     return torch.sigmoid(x) if activation == SIGMOID else x
 
 
-def slope(x: Tensor, activation: int) -> Tensor:
-    """Derivative by `x` of what gradients flow into, elementwise."""
-    if activation != SIGMOID:
-        return torch.ones_like(x)
-    p = torch.sigmoid(x)
-    return p * (1.0 - p)
-
-
 def pixel_sums(x: Tensor, foreground: Foreground, activation: int, pixel: int, quantity: int) -> tuple[Tensor, Tensor]:
-    """Sums of the pixel term, (B, 3) float64, and the health of `x`."""
+    """Sums of the pixel term, (B, 3) float64, and the health of `x` and the labels."""
     volumes = x.flatten(1)
     of_all = volumes.sum(1)  # not finite if anything in it is not; or, rarely, too large
     healthy = bool(of_all.isfinite().all()) or bool(x.isfinite().all())
+    healthy = healthy and bool(((foreground.labels >= -0.5) & (foreground.labels <= 1.5)).all())
     health = torch.tensor(1.0 if healthy else math.nan, dtype=torch.float64)
     sums = np.zeros((len(x), SAMPLE_COLUMNS))
     if pixel == NOT_FUSED:
@@ -144,26 +137,26 @@ def what_truth_changes(formula: Formula, u: Tensor, w: Tensor, pixel: int, quant
     if pixel != HARD and quantity in (MASS, SQUARE):
         return torch.zeros_like(u)
     if pixel == HARD:
-        return formula(quantity, u, w) - formula(quantity, torch.zeros_like(u), 0.0)
+        return formula(quantity, u, w)
     # Without truth nothing changes, even where both are infinite.
     return (formula(quantity, u, w) - formula(quantity, u, 0.0)).masked_fill(w == 0, 0.0)
 
 
 def pixel_gradient(grads: Tensor, x: Tensor, activation: int, pixel: int, quantity: int) -> Tensor:
-    """Gradient of `x` from those of the first two sums of the pixel term, (B, 2), as if nothing were true."""
+    """Gradient of z from those of the first two sums of the pixel term, (B, 2), as if nothing were true."""
     # From NumPy, which asks the system for large pages: without them, touching new memory takes longer than all else.
     grad = torch.from_numpy(np.empty(x.shape, dtype=x.numpy().dtype))
-    if pixel == NOT_FUSED:
+    if pixel in (NOT_FUSED, HARD):  # a hard output has a derivative in the foreground alone
         return grad.zero_()
-    soft = pixel == PROBABILITY and activation == SIGMOID
+    soft = pixel == PROBABILITY and activation != NONE
     nothing = torch.zeros((), dtype=torch.float64)
     for volume, into, by_cost in zip(x.flatten(1), grad.flatten(1), grads[:, 1].tolist(), strict=True):
-        if by_cost == 0 or pixel == HARD or (quantity == MASS and not soft):
+        if by_cost == 0 or (quantity == MASS and not soft):
             into.fill_(by_cost * float(phi_derivative(quantity, nothing, 0.0)))
             continue
         for part, by_part in zip(volume.split(CHUNK), into.split(CHUNK), strict=True):
             if soft:
-                u = torch.sigmoid(part, out=by_part)
+                u = torch.sigmoid(part, out=by_part) if activation == SIGMOID else part
                 by_u = by_cost * phi_derivative(quantity, u, 0.0)
                 torch.ops.aten.sigmoid_backward.grad_input(by_u, u, grad_input=by_part)
             else:

@@ -16,7 +16,7 @@ from ..ops import GROUP_LINES
 from .activation import Foreground, Indices, find_foreground, pixel_sums
 from .components import fill, find_rows, number_rows
 
-OUT, LAB, LABELLED = 1, 2, 4  # bits of a group: a is foreground, y is, labels are not 0
+OUT, LAB, FRACTION = 1, 2, 4  # bits of a group: a is foreground, y is, the label is neither 0 nor 1
 
 
 class Sites(NamedTuple):
@@ -95,7 +95,7 @@ def _count(found: NDArray[np.int32], max_kept: int, too_many: float) -> Tensor:
 def _group(foreground: Foreground, out: Indices, lab: Indices, volume: int) -> list[Tensor]:
     """The sites: voxels that differ in nothing that is asked have the same key."""
     voxels = foreground.voxels
-    bits = (foreground.labels != 0) * np.uint8(LABELLED)
+    bits = ((foreground.labels != 0) & (foreground.labels != 1)) * np.uint8(FRACTION)
     bits |= foreground.out.view(np.uint8) | foreground.lab.view(np.uint8) * np.uint8(LAB)  # True is OUT
     # How many samples, rows and bits there are: a key holds one of each, the last one running fastest.
     of_key = (

@@ -9,26 +9,32 @@ from torch import Tensor
 
 from .. import quantities
 from ..ops import (
+    BY_FALSE,
     COST,
+    FALSE_INSTANCES,
     HARD,
     INTERSECTION,
     KEPT,
     LABEL,
     MASS,
+    MISSED_INSTANCES,
+    NO_GRADIENT,
     NONE,
     NOT_FUSED,
+    OF_LOGARITHM,
+    OF_MEAN,
     OVERLAP,
     PROBABILITY,
+    RAW,
     SAMPLE_COLUMNS,
     SAMPLE_GRADIENT_COLUMNS,
-    SIGMOID,
     SIZE,
     SUMS_COLUMNS,
     TOUCHED,
 )
 from ..quantities import phi, phi_derivative
-from .activation import Indices, Numbers, pixel_gradient, probability, slope, what_truth_changes
-from .instances import LAB, LABELLED, OUT, Sites, row_maps
+from .activation import Indices, Numbers, pixel_gradient, probability, what_truth_changes
+from .instances import FRACTION, LAB, OUT, Sites, row_maps
 
 
 class _Groups:
@@ -170,6 +176,8 @@ def _sample_sums(x: Tensor, groups: _Groups, a: Tensor, y: Tensor, counts: Tenso
 
 
 def sum_instances_backward(
+    grad_terms: Tensor,
+    slopes: Tensor,
     grad_sums: Tensor,
     grad_sample_sums: Tensor,
     grad_pixel_sums: Tensor,
@@ -184,35 +192,68 @@ def sum_instances_backward(
     no_tp: bool,
     pixel: int,
     pixel_quantity: int,
+    mistakes: int,
 ) -> Tensor:
     """Operator `sum_instances_backward` (ops.py)."""
     read = Sites.read(sites)
     grad = pixel_gradient(grad_pixel_sums, x, activation, pixel, pixel_quantity)
     grad_sample_sums = grad_sample_sums[:, :SAMPLE_GRADIENT_COLUMNS]
-    if bool(grad_sample_sums.any()):
-        _, y, _, _ = maps = row_maps(x, sites)
-        a = x if activation == NONE else maps[0].to(x.dtype)
-        by_intersection, by_cost = grad_sample_sums[:, :, None, None, None].unbind(1)
-        by_whole = by_intersection * y + by_cost * phi_derivative(quantity, a, y.to(x.dtype))
-        # Other samples are left out: zero times a slope that is not finite would be NaN.
-        some = grad_sample_sums.any(1)
-        grad[some] += (by_whole * slope(x, activation))[some].to(x.dtype)
+    hard = activation != NONE
+    if not hard and bool(grad_sample_sums.any()):
+        grad += _by_whole_volumes(grad_sample_sums, x, sites, quantity)
+    grad[grad_sample_sums.isnan().any(1)] = torch.nan  # where something is broken, also what is right
 
-    binary = pixel in (PROBABILITY, NOT_FUSED) or not bool((read.bits & (LAB | LABELLED) == LABELLED).any())
+    binary = pixel in (PROBABILITY, NOT_FUSED) or not bool((read.bits & FRACTION).any())
     linear = pixel in (HARD, NOT_FUSED) or pixel_quantity in (quantities.MASS, quantities.SQUARE)
-    groups = _Groups(read, alike=activation != NONE and binary and linear)
-    by_a = _by_activated(groups, grad_sums.numpy(), groups.a(x, activation), counts[KEPT].numpy(), quantity, no_tp)
+    groups = _Groups(read, alike=hard and binary and linear)
+    a = groups.a(x, activation)
+    by_a = _by_activated(groups, grad_sums.numpy(), a, counts[KEPT].numpy(), quantity, no_tp)
+    if hard:
+        by_a = by_a + _by_whole(groups, grad_sample_sums, a, quantity)
     by_u = _by_seen(groups, grad_pixel_sums, x, labels, activation, pixel, pixel_quantity)
-    if activation != SIGMOID:
+    false, missed = _by_mistake(groups, grad_terms.numpy(), slopes.numpy(), mistakes)
+    if mistakes == OF_MEAN:
+        by_a = by_a + false + missed
+    if not hard:
         by_voxel = groups.to_voxels(by_a + by_u)
     else:
-        by_x = slope(groups.of_voxels(x), activation)
-        if pixel == PROBABILITY:
-            by_voxel = groups.to_voxels(by_a + by_u) * by_x
-        else:  # the pixel term does not look through the sigmoid
-            by_voxel = groups.to_voxels(by_a) * by_x + groups.to_voxels(by_u)
+        p = probability(groups.of_voxels(x), activation)
+        if pixel == RAW:  # the pixel term does not look through the sigmoid
+            by_voxel = groups.to_voxels(by_a) * (p * (1.0 - p)) + groups.to_voxels(by_u)
+        else:
+            by_voxel = groups.to_voxels(by_a + by_u) * (p * (1.0 - p))
+        if mistakes == OF_LOGARITHM:
+            by_voxel = by_voxel + groups.to_voxels(false) * p + groups.to_voxels(missed) * (1.0 - p)
     grad.numpy().reshape(-1)[read.voxels] += by_voxel.numpy()
     return grad
+
+
+def _by_whole_volumes(grads: Tensor, x: Tensor, sites: list[Tensor], quantity: int) -> Tensor:
+    """Gradient of the volume from those of the sums of whole samples, for outputs that may be anything everywhere."""
+    y = row_maps(x, sites)[1].to(x.dtype)
+    by_intersection, by_cost = grads[:, :, None, None, None].unbind(1)
+    by_whole = by_intersection * y + by_cost * phi_derivative(quantity, x, y)
+    # Other samples are left out: zero times a slope that is not finite would be NaN.
+    return torch.where(grads.any(1)[:, None, None, None], by_whole, 0.0).to(x.dtype)
+
+
+def _by_whole(groups: _Groups, grads: Tensor, a: Tensor, quantity: int) -> Tensor:
+    """The same by place, for a hard output: it has a derivative where it or the label is 1."""
+    if not bool(grads.any()):
+        return torch.zeros_like(a)
+    y = groups.has(LAB).to(a.dtype)
+    by_intersection, by_cost = (groups.spread(each[groups.sites.sample]) for each in grads.numpy().T)
+    by_whole = by_intersection * y + by_cost * phi_derivative(quantity, a, y)
+    return by_whole.masked_fill(~groups.has(OUT | LAB), 0.0)
+
+
+def _by_mistake(groups: _Groups, grad_terms: Numbers, slopes: Numbers, mistakes: int) -> tuple[Tensor, Tensor]:
+    """Gradients of false and of missed instances, by place, before they meet the slope of the activation."""
+    if mistakes == NO_GRADIENT:
+        return (groups.spread(np.zeros(len(groups.sites.out))),) * 2
+    sides = zip((groups.sites.out, groups.sites.lab), np.split(slopes[..., BY_FALSE : BY_FALSE + 1], 2), strict=True)
+    false, missed = (groups.gather(*side)[0] for side in sides)
+    return groups.spread(grad_terms[FALSE_INSTANCES] * false), groups.spread(grad_terms[MISSED_INSTANCES] * missed)
 
 
 def _by_activated(
@@ -265,4 +306,5 @@ def _by_seen(
     if pixel != PROBABILITY and not groups.alike:
         w = groups.of_voxels(labels).double()
     by_intersection, by_cost = (groups.spread(each[groups.sites.sample]) for each in grads.numpy().T)
-    return by_intersection * w + by_cost * what_truth_changes(phi_derivative, u, w, pixel, quantity)
+    by_seen = by_intersection * w + by_cost * what_truth_changes(phi_derivative, u, w, pixel, quantity)
+    return by_seen.masked_fill(~groups.has(OUT | LAB), 0.0) if pixel == HARD else by_seen

@@ -178,8 +178,7 @@ def terms_backward(
     of_sample = np.zeros((batch, ops.WHOLE_GRADIENT_COLUMNS))
     if masses:
         of_sample[:, ops.BY_REST] = grads[ops.FALSE_INSTANCES] * of_samples[:, ops.BY_MISTAKE]
-        mistakes = grads[[ops.FALSE_INSTANCES, ops.MISSED_INSTANCES]].repeat(batch)[:, None]
-        table[..., ops.MASS] = grads[ops.CENTER] * of_rows[..., ops.BY_CENTER] + mistakes * of_rows[..., ops.BY_FALSE]
+        table[..., ops.MASS] = grads[ops.CENTER] * of_rows[..., ops.BY_CENTER]
     if values:
         by_distance = grads[ops.PROXIMITY] * of_samples[:, ops.BY_DISTANCE]
         by_output = grads[ops.INSTANCE_OUTPUT] * of_samples[:, ops.BY_OUTPUT]

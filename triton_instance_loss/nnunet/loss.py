@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn.modules.loss import _Loss
 
+from ..activation import against_the_rest, class_masks, equals, unwrap, widen
 from ..losses import InstanceCenterLoss, InstanceLoss, WeightedSum
-
-CLEAR_BACKGROUND = -16.0  # a logit that is no output, in half precision too
 
 
 class OneAgainstTheRest(_Loss):
@@ -42,8 +41,7 @@ class OneAgainstTheRest(_Loss):
 
     Note:
         A voxel to be ignored is neither output nor label, and its gradient is 0; components are those of what is left.
-        The gradient of a class that a sample has neither in its outputs nor in its target is 0 there: the Dice of two
-        empty volumes is 0 too, but its derivative 1e5 at every voxel, and most patches lack some class.
+        A class that a sample has neither in its outputs nor in its target has no gradient there, as in `InstanceLoss`.
 
     Example:
         >>> import torch
@@ -89,21 +87,17 @@ class OneAgainstTheRest(_Loss):
     def forward(self, outputs: Tensor, target: Tensor) -> Tensor:
         """The mean over the classes of a batch."""
         self._check(outputs, target)
-        ignored = None
+        outputs, target, ignored = widen(unwrap(outputs)), widen(unwrap(target)), None
         if self.ignore_label is not None:
-            ignored = target[:, -1:].bool() if self.regions else target == self.ignore_label
-            outputs = outputs.masked_fill(ignored, 0.0)
-        outputs = outputs if outputs.dtype == torch.float64 else outputs.float()
+            ignored = target[:, -1:] > 0.5 if self.regions else equals(target, self.ignore_label)
+            outputs, target = outputs.masked_fill(ignored, 0.0), target.masked_fill(ignored, 0)
         if self.regions:
-            logits, labels = outputs, target[:, : self.num_channels].bool()
+            logits, labels = outputs, target[:, : self.num_channels]
         else:
-            logits = torch.stack([_against_the_rest(outputs, number) for number in range(1, self.num_channels)], dim=1)
-            labels = torch.cat([target == number for number in range(1, self.num_channels)], dim=1)
-        looked_at = labels | (torch.sigmoid(logits.detach()) >= self.loss.loss.segmentation_threshold)
-        if ignored is not None:
-            looked_at = looked_at & ~ignored
-        found = looked_at.any(dim=tuple(range(2, looked_at.ndim)), keepdim=True)
-        value: Tensor = self.loss(torch.where(found, logits, CLEAR_BACKGROUND), labels, ignore_mask=ignored)
+            classes = range(1, self.num_channels)
+            logits = torch.stack([against_the_rest(outputs, number) for number in classes], dim=1)
+            labels = class_masks("target", target, classes, self.num_channels)
+        value: Tensor = self.loss(logits, labels, ignore_mask=ignored)
         return value
 
     def _check(self, outputs: Tensor, target: Tensor) -> None:
@@ -115,12 +109,6 @@ class OneAgainstTheRest(_Loss):
                 f"outputs and target must have shapes (B, {channels[0]}, *spatial) and (B, {channels[1]}, *spatial), "
                 f"got {tuple(outputs.shape)} and {tuple(target.shape)}."
             )
-
-
-def _against_the_rest(outputs: Tensor, number: int) -> Tensor:
-    """The logit of one class against all others, (B, *spatial)."""
-    rest = torch.cat((outputs[:, :number], outputs[:, number + 1 :]), dim=1)
-    return outputs[:, number] - torch.logsumexp(rest, dim=1)
 
 
 class WithInstanceTerms(_Loss):
