@@ -208,9 +208,9 @@ def mask(name: str, values: Tensor) -> None:
     if not (low >= -0.5 and high <= 1.5):
         raise ValueError(
             f"{name} must be 0 or 1 (from -0.5 to 1.5; foreground above 0.5), got {_unlike(low, high, 1.5)!r} among "
-            f"them. If they are a mask of 0 and 255, give {name} == 255; if class numbers, say to_onehot_y=True; if numbers "
-            f"of instances, give {name} > 0, and the numbers as cc_label_batch. For voxels without a label there are "
-            "ignore_index and ignore_mask."
+            f"them. If they are a mask of 0 and 255, give {name} == 255; if class numbers, say to_onehot_y=True; if "
+            f"numbers of instances, give {name} > 0, and the numbers as cc_label_batch. For voxels without a label "
+            "there are ignore_index and ignore_mask."
         )
 
 
@@ -223,8 +223,8 @@ def class_numbers(name: str, values: Tensor, num_classes: int) -> None:
     if not (finite and (num_classes == 1 or (round(low) >= 0 and round(high) <= most))):
         allowed = f"from 0 to {most} (num_out_chn={num_classes})" if num_classes > 1 else "(finite)"
         raise ValueError(
-            f"{name} must be class numbers {allowed}, got {_unlike(low, high, most)!r} among them. For voxels without a "
-            "label there are ignore_index and ignore_mask."
+            f"{name} must be class numbers {allowed}, got {_unlike(low, high, most)!r} among them. For voxels without "
+            "a label there are ignore_index and ignore_mask."
         )
 
 
