@@ -156,8 +156,10 @@ def operator_arguments(device, backend):
     results = (sums, sample_sums, pixel_sums, health, counts, geometry)
     results += (ops.center_overlaps(*boxes), ops.proximity_minima(*proximity), None, None)
     terms = (*results, [1.0] * ops.NUMBERS, 1, ops.BY_MEAN, True)
-    backward = (*ops.terms(*terms), counts, True, True)
+    slopes = ops.terms(*terms)
+    backward = (*slopes, counts, True, True)
     with_sites = (x, labels, sites, pairs, touched, counts, ops.SIGMOID, 0, True, ops.PROBABILITY, 0)
+    with_sites += (ops.OF_LOGARITHM,)
     return {
         "find": find,
         "row_maps": (x, sites),
@@ -165,7 +167,7 @@ def operator_arguments(device, backend):
         "find_instances": (maps[0], 2, 1, 210),
         "number_instances": (maps[2].long() * 2**40, 0, 36),
         "sum_instances": sum_instances,
-        "sum_instances_backward": (*ops.terms_backward(*backward), *with_sites),
+        "sum_instances_backward": (*slopes[:2], *ops.terms_backward(*backward), *with_sites),
         "terms": terms,
         "terms_backward": backward,
         "center_overlaps": boxes,

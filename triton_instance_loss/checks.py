@@ -11,6 +11,11 @@ from torch import Tensor
 
 DEBUG_VARIABLE = "TRITON_INSTANCE_LOSS_DEBUG"
 MAX_VOXELS = 2**31 - 1
+LABEL_ADVICE = (
+    "If they are a mask of 0 and 255, give labels == 255; if class numbers, say to_onehot_y=True; if numbers of "
+    "instances, give labels > 0, and the numbers as cc_label_batch. For voxels without a label there are ignore_index "
+    "and ignore_mask."
+)
 MAX_SAMPLES = 2**15 - 1  # outputs and labels are labelled together, and a CUDA grid has 65535 places for samples
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -196,21 +201,19 @@ def component_ids(ids: Tensor) -> None:
         broken = ids[outside].flatten()[0] if bool(outside.any()) else None
     if broken is not None:
         raise ValueError(
-            f"cc_label_batch must hold whole numbers >= 0 and below 2^63, got {broken.item()!r} among them."
+            f"cc_label_batch must hold whole numbers >= 0, got {broken.item()!r} among them."
         )
 
 
-def mask(name: str, values: Tensor) -> None:
-    """`values` are 0 or 1, or close enough to be meant as that (SPEC section 1)."""
+def mask(name: str, values: Tensor, advice: str) -> None:
+    """`values` are 0 or 1, or close enough to be meant as that."""
     if values.dtype == torch.bool:
         return
     low, high = (value.item() for value in torch.aminmax(values))
     if not (low >= -0.5 and high <= 1.5):
         raise ValueError(
             f"{name} must be 0 or 1 (from -0.5 to 1.5; foreground above 0.5), got {_unlike(low, high, 1.5)!r} among "
-            f"them. If they are a mask of 0 and 255, give {name} == 255; if class numbers, say to_onehot_y=True; if "
-            f"numbers of instances, give {name} > 0, and the numbers as cc_label_batch. For voxels without a label "
-            "there are ignore_index and ignore_mask."
+            f"them. {advice}"
         )
 
 

@@ -77,7 +77,7 @@ def connected_components(
     checks.flag("relabel", relabel)
     values = widen(unwrap(mask).detach())
     if checks.debugging(values):
-        checks.mask("mask", values)
+        checks.mask("mask", values, "Of a mask of 0 and 255, or numbers of instances, give mask > 0.")
     volume = to_volume(values) > 0.5
     if not relabel:
         ids: Tensor = ops.components(volume, num_iterations or 0)

@@ -215,16 +215,6 @@ class FusedTerms(torch.autograd.Function):
         return (*grads, *(None,) * 10)
 
     @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        """There is no forward mode."""
-        raise NotImplementedError("the losses have no forward-mode derivative (jvp); use backward or torch.func.grad")
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, *inputs: Any) -> Any:
-        """There is no batch of batches."""
-        raise NotImplementedError("the losses have no rule for torch.vmap; samples are the first axis of outputs")
-
-    @staticmethod
     def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
         _, x, labels, counts, where, which, slopes, sample_slopes, pairs, touched = ctx.saved_tensors
         request, options, grad = ctx.request, ctx.request.options, grad.contiguous()
