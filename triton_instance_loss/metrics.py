@@ -39,6 +39,7 @@ class _Matches(NamedTuple):
     dice: Tensor
 
 
+@checks.not_scriptable
 def instance_metrics(
     outputs: Tensor,
     labels: Tensor,
@@ -112,6 +113,7 @@ def instance_metrics(
     Raises:
         TypeError: An argument has the wrong type (integer or complex `outputs`, ...).
         ValueError: An option or shape is not allowed, or the tensors do not fit each other.
+        NotImplementedError: Under torch.vmap, torch.jit.trace or torch.jit.script.
 
     Note:
         Not differentiable, deterministic on every device, and without a synchronisation with the host on CUDA: that
@@ -137,7 +139,7 @@ def instance_metrics(
         2.0
     """
     checks.choice("matching", matching, ("overlap", "iou"))
-    checks.number("iou_threshold", iou_threshold, 0.5, 1.0)
+    iou_threshold = checks.number("iou_threshold", iou_threshold, 0.5, 1.0)
     options = Options(
         activation=activation,
         num_out_chn=num_out_chn,
@@ -167,7 +169,8 @@ def instance_metrics(
         low, high = torch.aminmax(looked_at, dim=2)
         health = 1.0 + 0.0 * low + 0.0 * high  # NaN if any output is NaN or infinite
         of_classes = (value.view(shape).to(x.dtype) * health for value in metrics)
-        return InstanceMetrics(*(value[:, 0] if isinstance(object_chn, int) else value for value in of_classes))
+        single = isinstance(options.object_chn, int)
+        return InstanceMetrics(*(value[:, 0] if single else value for value in of_classes))
 
 
 def _match_by_overlap(x: Tensor, found: Found, pair_capacity: int) -> _Matches:
