@@ -164,6 +164,4 @@ def sum_instances_backward(*arguments):
     case = (x, labels, sites, pairs, untouched, counts, activation, quantity, no_tp, *pixel)
     no_terms = torch.full((7,), float("nan"), dtype=torch.float64, device=x.device)
     slopes = torch.full((*of_rows.shape[:2], ops.SLOPES_COLUMNS), float("nan"), dtype=torch.float64, device=x.device)
-    return tables.launch_sum_instances_backward(
-        no_terms, slopes, of_rows, of_whole, of_pixel, *case, ops.NO_GRADIENT
-    )
+    return tables.launch_sum_instances_backward(no_terms, slopes, of_rows, of_whole, of_pixel, *case, ops.NO_GRADIENT)

@@ -182,7 +182,7 @@ class TestWeightedSum:
         def fail(*_):
             raise AssertionError("called")
 
-        loss = InstanceLoss(fail, None, fail)
+        loss = InstanceLoss(fail, None, fail, rate_instead_number=True)
         outputs, labels = random_batch("cpu")
         WeightedSum(loss, pixel=0, center=0)(outputs, labels).backward()
 

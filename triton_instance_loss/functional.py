@@ -18,7 +18,7 @@ from .activation import (
     to_activate,
     to_compare,
 )
-from .criteria import DICE, FusedCriterion, fused_form, refuse_cross_entropy, warn_if_slow
+from .criteria import DICE, FusedCriterion, fused_form, refuse_activation, refuse_cross_entropy, warn_if_slow
 from .instances import Found, find, instances_of_all
 from .options import Options
 from .terms import TERMS, FusedTerms, Request, place_of_centers
@@ -131,6 +131,7 @@ def _pixel(
     return checks.scalar("loss_function_pixel", criterion(outputs, given.labels.to(outputs.dtype)))
 
 
+@checks.not_scriptable
 def instance_segmentation_loss(
     outputs: Tensor,
     labels: Tensor,
@@ -161,7 +162,9 @@ def instance_segmentation_loss(
 
     Raises:
         TypeError: An argument has the wrong type (an unknown option, integer or complex `outputs`, ...).
-        ValueError: An option or shape is not allowed, or the tensors do not fit each other.
+        ValueError: An option or shape is not allowed, the tensors do not fit each other, or `criterion` activates by
+            itself.
+        NotImplementedError: Under torch.vmap, torch.jit.trace or torch.jit.script.
 
     Note:
         Deterministic as `InstanceLoss` is. Boxes and the choice of instances are not differentiated. A sample without
@@ -184,6 +187,7 @@ def instance_segmentation_loss(
     return values["instance_label"], values["instance_output"]
 
 
+@checks.not_scriptable
 def instance_center_loss(
     outputs: Tensor,
     labels: Tensor,
@@ -212,7 +216,9 @@ def instance_center_loss(
 
     Raises:
         TypeError: An argument has the wrong type.
-        ValueError: An option or shape is not allowed, or the tensors do not fit each other.
+        ValueError: An option or shape is not allowed, the tensors do not fit each other, or `criterion` activates by
+            itself.
+        NotImplementedError: Under torch.vmap, torch.jit.trace or torch.jit.script.
 
     Note:
         The place of a box has no derivative. With `gradients="surrogate"` the height of the box of output O_i has the
@@ -235,6 +241,7 @@ def instance_center_loss(
     return values["center"]
 
 
+@checks.not_scriptable
 def false_instance_rate_loss(
     outputs: Tensor,
     labels: Tensor,
@@ -262,6 +269,7 @@ def false_instance_rate_loss(
     Raises:
         TypeError: An argument has the wrong type.
         ValueError: An option or shape is not allowed, or the tensors do not fit each other.
+        NotImplementedError: Under torch.vmap, torch.jit.trace or torch.jit.script.
 
     Note:
         Counts have no derivative. With `gradients="surrogate"` a false output has that of the mean of a over it, and a
@@ -283,6 +291,7 @@ def false_instance_rate_loss(
     return values["false_instances"], values["missed_instances"]
 
 
+@checks.not_scriptable
 def instance_proximity_loss(
     outputs: Tensor,
     labels: Tensor,
@@ -311,7 +320,9 @@ def instance_proximity_loss(
 
     Raises:
         TypeError: An argument has the wrong type.
-        ValueError: An option or shape is not allowed, or the tensors do not fit each other.
+        ValueError: An option or shape is not allowed, the tensors do not fit each other, or `criterion` activates by
+            itself.
+        NotImplementedError: Under torch.vmap, torch.jit.trace or torch.jit.script.
 
     Note:
         DIoU is a constant: the gradient goes through the instance values.
@@ -333,6 +344,7 @@ def instance_proximity_loss(
 
 def _checked(criterion: Criterion | None, name: str, options: dict[str, Any], *, slow_matters: bool) -> Options:
     checks.criterion(name, criterion)
+    refuse_activation(name, criterion)
     if slow_matters and criterion is not None:
         warn_if_slow(name, criterion)
     return Options(**options)
