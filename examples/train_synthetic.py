@@ -6,7 +6,7 @@ python examples/train_synthetic.py --dims 3 --out training3d   # for a GPU
 python examples/train_synthetic.py --table training/results.json
 
 The same seed gives every arm the same images, initial weights and order of batches. With `--empty` the arms are others:
-Dice + CE, as such data are trained with, the terms of instances added to it, and Dice alone and the family as without. The
+Dice + CE, as such data are trained with, and the terms of instances added to it; Dice alone and the family stay. The
 held-out images all have lesions, with `--empty` too: they are the same in every run.
 """
 
