@@ -1,4 +1,4 @@
-"""What docs/gradients.md says of the gradients holds, and each row of docs/differences.md does what it says."""
+"""What docs/gradients.md says holds; each row of docs/differences.md and line of docs/troubleshooting.md does, too."""
 
 import doctest
 import re
@@ -153,9 +153,31 @@ def test_each_row_of_the_differences():
     rows = re.findall(r"^\| (\d+) \|", PAGE, re.M)
     shown = re.findall(r"^(\d+) .+\n\n```pycon$", PAGE, re.M)
     assert rows == shown == [str(number + 1) for number in range(len(rows))]
-    blocks = "\n".join(re.findall(r"^```pycon\n(.*?)^```", PAGE, re.M | re.S))
-    test = doctest.DocTestParser().get_doctest(blocks, {}, "docs/differences.md", None, None)
-    printed = []
-    failed, tried = doctest.DocTestRunner().run(test, out=printed.append)
+    tried = run_blocks("differences.md")
     assert tried > len(rows)
+
+
+def run_blocks(name):
+    """Run the lines of a page, one after the other; what they print is what it says. How many there were."""
+    page = (ROOT / "docs" / name).read_text()
+    blocks = "\n".join(re.findall(r"^```pycon\n(.*?)^```", page, re.M | re.S))
+    test = doctest.DocTestParser().get_doctest(blocks, {}, f"docs/{name}", None, None)
+    printed = []
+    failed, tried = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(test, out=printed.append)
     assert not failed, "".join(printed)
+    return tried
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_troubleshooting():
+    """Its lines, a block for each symptom; it is linked, and links to headings that are there."""
+    page = (ROOT / "docs" / "troubleshooting.md").read_text()
+    for section in re.split(r"^## ", page, flags=re.M)[1:]:
+        assert "```pycon" in section, section.splitlines()[0]
+    assert run_blocks("troubleshooting.md") > 20
+    assert "docs/troubleshooting.md" in (ROOT / "README.md").read_text()
+    assert "troubleshooting.md" in (ROOT / "docs" / "recipes.md").read_text()
+    for target, heading in re.findall(r"\]\((\w*\.?m?d?)#([\w-]+)\)", page):
+        text = (ROOT / "docs" / (target or "troubleshooting.md")).read_text()
+        headings = [line[3:].lower().replace(" ", "-") for line in text.splitlines() if line.startswith("## ")]
+        assert heading in headings, (target, heading)
