@@ -13,6 +13,7 @@ import importlib
 import itertools
 import json
 import multiprocessing
+import os
 import pkgutil
 import re
 import subprocess
@@ -26,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 import triton  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
-from triton.backends.amd.compiler import HIPBackend  # noqa: E402
+from triton.backends import backends  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
@@ -212,7 +213,9 @@ def usage(assembly):
 
 def compile_for(target):
     """Compile every launch for one target."""
-    HIPBackend.make_hsaco = lambda self, *rest: b""  # assembly will do: early Tritons have no linker of their own
+    # AMD's assembly will do: early Tritons have no linker of their own, and ask for the version of one.
+    backends["amd"].compiler.make_hsaco = lambda self, *rest: b""
+    os.environ["TRITON_HIP_LLD_PATH"] = sys.executable
     lines = []
     for alignment in SHAPES:
         noted = launches(alignment, TARGETS[target].warp_size)
