@@ -29,14 +29,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .blocks import block_size, coordinates
+from .blocks import block_size, coordinates, threads
 from .numbering import blocks_of, number, number_components
 from .propagation import propagate
 
 NODES_BLOCK = 128
 # One lane a thread: where a block has fewer lanes than threads, a value-returning atomic in a loop can repeat for ever;
 # with many more it takes over 200 registers. One warp, so that no lane waits at a barrier for another warp.
-MERGE_BLOCK, MERGE_WARPS = 32, 1
+MERGE_WARPS = 1
 
 
 @triton.jit
@@ -178,7 +178,7 @@ def _label(mask: Tensor) -> tuple[Tensor, Tensor]:
     num_cells = cells.shape[1]
     block = block_size(num_cells, NODES_BLOCK)
     _nodes_kernel[(triton.cdiv(num_cells, block), batch)](mask, ids, cells, depth, height, width, num_cells, block)
-    block = block_size(num_cells, MERGE_BLOCK)
+    block = block_size(num_cells, threads(MERGE_WARPS))
     last = 27 if depth > 2 else 18  # one layer of cells has no neighbours in the next
     _merge_kernel[(triton.cdiv(num_cells, block), batch)](
         ids, cells, depth, height, width, num_cells, last, block, num_warps=MERGE_WARPS

@@ -44,9 +44,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import ops
+from .. import ops, quantities
 from .activation import NONE, NOT_FUSED, RAW, probability, seen_by_pixel
-from .blocks import adding_programs, block_size, table_programs
+from .blocks import adding_programs, block_size, table_programs, threads
 from .pairs import SUMS_WARPS, insert_pair, sum_neighbours, sum_neighbours_backward
 from .quantities import phi, phi_derivative, sum_where
 
@@ -70,9 +70,9 @@ MISSED_INSTANCES: tl.constexpr = tl.constexpr(ops.MISSED_INSTANCES)
 HARD: tl.constexpr = tl.constexpr(ops.HARD)
 NO_GRADIENT: tl.constexpr = tl.constexpr(ops.NO_GRADIENT)
 OF_LOGARITHM: tl.constexpr = tl.constexpr(ops.OF_LOGARITHM)
-# For one warp (pairs.py), which reduces without barriers. A soft output has four numbers a voxel to keep instead of
-# one; in a block of 256, some would not fit the registers.
-SUMS_BLOCK, SOFT_SUMS_BLOCK = 256, 128
+# For one warp (pairs.py), which reduces without barriers. A soft output or a cross entropy has several numbers a voxel
+# to keep instead of one; in a block of 256, some would not fit the registers.
+SUMS_BLOCK, LONG_SUMS_BLOCK = 256, 128
 GRADIENT_BLOCK = 512
 CLEAR_BLOCK = 256
 
@@ -137,6 +137,7 @@ def _sum_instances_kernel(
     NO_TP: tl.constexpr,
     ACTIVATION: tl.constexpr,
     BLOCK: tl.constexpr,
+    THREADS: tl.constexpr,
 ):
     sample = tl.program_id(1).to(tl.int64)
     kept = tl.load(kept_ptr + sample)
@@ -188,7 +189,7 @@ def _sum_instances_kernel(
                     tl.atomic_add(row_ptr + INTERSECTION, mass, sem="relaxed")
                     tl.atomic_add(row_ptr + COST, cost_1 if NO_TP else cost_1 - cost_0, sem="relaxed")
                     tl.atomic_add(row_ptr + OVERLAP, count, sem="relaxed")
-                    insert_pair(pairs_ptr + sample * pair_capacity, out, lab, pair_capacity)
+                    insert_pair(pairs_ptr + sample * pair_capacity, out, lab, pair_capacity, THREADS)
             key = tl.where(here, 0, key)
 
 
@@ -310,7 +311,8 @@ def launch_sum_instances(
         raise ValueError(f"pair_capacity must be a power of two, got {pair_capacity}.")
     batch, capacity, rest = len(x), geometry.shape[1], sites[1].shape[1]
     num_voxels = x[0].numel() if batch else 0
-    block = block_size(num_voxels, SOFT_SUMS_BLOCK if activation == ops.NONE else SUMS_BLOCK)
+    several = activation == ops.NONE or quantity == quantities.CROSS_ENTROPY
+    block = block_size(num_voxels, LONG_SUMS_BLOCK if several else SUMS_BLOCK)
     blocks = triton.cdiv(num_voxels, block)
     sizes = (2 * batch, capacity, ops.SUMS_COLUMNS), (batch, capacity), (batch, blocks, ops.SAMPLE_COLUMNS)
     sums, excess, parts = (torch.empty(size, dtype=torch.float64, device=x.device) for size in sizes)
@@ -328,7 +330,8 @@ def launch_sum_instances(
             programs = adding_programs(blocks) if activation == ops.NONE else blocks
             _sum_instances_kernel[(programs, batch)](
                 x, *sites[0].chunk(2), counts[ops.KEPT], out_sums, lab_sums, excess, parts, pairs, touched,
-                num_voxels, capacity, pair_capacity, rest, quantity, no_tp, activation, block, num_warps=SUMS_WARPS,
+                num_voxels, capacity, pair_capacity, rest, quantity, no_tp, activation, block, threads(SUMS_WARPS),
+                num_warps=SUMS_WARPS,
             )  # fmt: skip
         sum_neighbours(pairs, geometry, excess, counts, parts, sums, sample_sums)
     return sums, sample_sums, pairs, touched

@@ -15,6 +15,8 @@ import hypothesis
 import pytest
 from backends import BACKENDS, using_backend
 
+collect_ignore = ["ptx"]  # which wants compiled kernels: `make test-ptx`
+
 # "stable" draws the same cases in each run; `--hypothesis-profile=random` draws new ones (and takes --hypothesis-seed).
 hypothesis.settings.register_profile("stable", derandomize=True, deadline=None)
 hypothesis.settings.register_profile("random", deadline=None, print_blob=True)
