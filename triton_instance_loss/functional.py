@@ -66,8 +66,8 @@ def evaluate_terms(
             if request.wants_instances and instance_form is None:
                 volumes = slow.volumes(x, carrier, found, options)
                 of_instances = slow.instance_values(volumes, found, instance, options)
-            elif request.wants_instances and request.quantity == quantities.CROSS_ENTROPY and not options.hard:
-                checks.probabilities("loss_function_instance", x)
+            elif request.wants_instances and request.quantity == quantities.CROSS_ENTROPY:
+                _look_at_cross_entropy(x, options)
             if looked_at is not x:  # after a softmax, infinity no longer shows
                 health = health * health_of(looked_at, truth)
             if fused:
@@ -79,6 +79,19 @@ def evaluate_terms(
                 of_all = dict(zip(TERMS, together.to(x.dtype).unbind(), strict=True))
                 values.update((name, of_all[name]) for name in fused)
         return {name: values[name] for name in TERMS if name in names}
+
+
+def _look_at_cross_entropy(x: Tensor, options: Options) -> None:
+    """Cross entropy of instances wants outputs in [0, 1], and away from both ends."""
+    if not options.hard:
+        checks.probabilities("loss_function_instance", x)
+    elif options.surrogate and not torch.compiler.is_compiling():
+        message = (
+            "loss_function_instance is a cross entropy, whose derivative is 1e12 at outputs of 0 and 1, which "
+            f"activation={options.activation!r} makes. Take another criterion, such as Dice, or probabilities and "
+            'activation="none".'
+        )
+        checks.warn_once(options, "cross entropy", message)
 
 
 def _say_what_is_capped(found: Found, options: Options) -> None:
