@@ -94,10 +94,10 @@ def report(outputs: torch.Tensor, labels: torch.Tensor, loss: InstanceLoss) -> R
     else:
         mask = outputs >= threshold if threshold > 0 else outputs == 1
         activated = outputs.double()
-    out_map, lab_map = number_map(mask, loss), number_map(labels == 1, loss)
+    out_map, lab_map = number_map(mask, loss), number_map(labels > 0.5, loss)
 
     a = activated.numpy().ravel()
-    y = (labels == 1).numpy().ravel()
+    y = (labels > 0.5).numpy().ravel()
     out, lab = out_map.ravel(), lab_map.ravel()
     num_outputs, num_labels = int(out.max()), int(lab.max())
     too_many = num_labels > 0 and num_outputs > num_labels * loss.mul_too_many
