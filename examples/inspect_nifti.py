@@ -49,7 +49,7 @@ def parse(arguments: list[str] | None) -> tuple[Parser, argparse.Namespace]:
     parser.add_argument("--threshold", type=float, default=0.5, help="outputs of at least this are foreground (0.5)")
     parser.add_argument("--iterations", type=int, metavar="K", help="cut instances as K rounds of max-pooling do")
     parser.add_argument(
-        "--max-outputs", type=int, default=50, metavar="N", help="outputs used individually, 0 = all (50)"
+        "--max-outputs", type=int, default=4096, metavar="N", help="outputs used individually, 0 = all (4096)"
     )
     parser.add_argument(
         "--too-many", type=float, default=50, metavar="N", help="use none beyond N outputs a label (50)"

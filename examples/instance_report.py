@@ -87,7 +87,7 @@ def report(outputs: torch.Tensor, labels: torch.Tensor, loss: InstanceLoss) -> R
     if outputs.shape[:2] != (1, 1) or loss.activation == "softmax":
         raise ValueError(f"report takes one sample of one channel without softmax, got {tuple(outputs.shape)}.")
     outputs, labels = outputs.detach().cpu(), labels.detach().cpu()
-    threshold = loss.segmentation_threshold
+    threshold = loss.options.threshold
     if loss.activation == "sigmoid":
         mask = torch.sigmoid(outputs) >= threshold
         activated = mask.double()
