@@ -82,8 +82,8 @@ WHOLE_BY_INTERSECTION, WHOLE_BY_PREDICTION, SAMPLE_SLOPES_COLUMNS = 6, 7, 8
 _library = torch.library.Library("triton_instance_loss", "DEF")
 
 _SCHEMAS = {
-    # x float32 or float64, labels of any real dtype but half (y where above 0.5), precomputed ids (int32 or int64; on CUDA 0
-    # outside y, on the CPU not looked at there) or none
+    # x float32 or float64, labels of any real dtype but half (y where above 0.5), precomputed ids (int32 or int64; on
+    # CUDA 0 outside y, on the CPU not looked at there) or none
     # -> sites: where the foreground is, and which instances it belongs to, as the same backend's operators below want
     # it; sums (B, 3) float64 of u * w, phi(u, w) and truth w of the pixel term, zeros with pixel=-1; health,
     # 0-d float64: 1, or NaN if any x is not finite or any label not in [-0.5, 1.5]; counts (3, B) int32 (outputs, kept

@@ -1,7 +1,7 @@
 """The operators on the CPU, room by room as in `kernels/`: plain loops, which Numba compiles when first called.
 
-Everything works on *places*, the voxels of either foreground, a list of one or two per cent of a patch. Passes that must
-see every voxel are left to PyTorch where their formulas want to be vectorised; they use its threads, loops take one.
+Everything works on *places*, the voxels of either foreground, a list of one or two per cent of a patch. Passes that
+must see every voxel are left to PyTorch where formulas want to be vectorised; they use its threads, loops take one.
 Results equal those of the kernels: integers exactly, sums to the rounding of float64, in which all is computed at
 places. All is deterministic: a loop adds in the order of voxels.
 """
@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from numba import njit
 
 _Loop = TypeVar("_Loop", bound=Callable[..., Any])
-_SOURCES = sorted(Path(__file__).parent.glob("*.py")) + [Path(__file__).parents[1] / "ops.py"]
+_SOURCES = [*sorted(Path(__file__).parent.glob("*.py")), Path(__file__).parents[1] / "ops.py"]
 _DIGEST = hashlib.sha256(b"".join(source.read_bytes() for source in _SOURCES)).hexdigest()[:12]
 
 

@@ -68,8 +68,9 @@ def _mark(
 
 
 @compiled
-def collect(words: NDArray[np.uint64], marks: Marks, count: int) -> tuple[Indices, Marks]:
-    """The `count` voxels whose mark is not 0, and their marks; `words` are eight marks each, looked at first."""
+def collect(marks: Marks, count: int) -> tuple[Indices, Marks]:
+    """The `count` voxels whose mark is not 0, and their marks; eight at once are looked at first."""
+    words = marks[: len(marks) // 8 * 8].view(np.uint64)
     voxels, there, place = np.empty(count + 1, np.int64), np.empty(count + 1, np.uint8), 0
     for word in range(len(words) + 1):
         rest = word == len(words)
@@ -80,11 +81,6 @@ def collect(words: NDArray[np.uint64], marks: Marks, count: int) -> tuple[Indice
     return voxels[:count], there[:count]
 
 
-def in_words(marks: Marks) -> NDArray[np.uint64]:
-    """Eight marks at once, as far as there are eight."""
-    return marks[: len(marks) // 8 * 8].view(np.uint64)
-
-
 def find_foreground(x: Tensor, labels: Tensor, activation: int, threshold: float) -> tuple[Indices, Marks, bool]:
     """The places of both sides, ascending; their marks; and whether all x are finite and all labels in [-0.5, 1.5]."""
     values, truths = x.numpy().reshape(-1), labels.numpy().reshape(-1)
@@ -92,7 +88,7 @@ def find_foreground(x: Tensor, labels: Tensor, activation: int, threshold: float
     limits = np.array([-0.5, 0.5, 1.5]).astype(truths.dtype)  # of whole numbers 0, 0, 1
     marks, least = np.empty(len(values), dtype=np.uint8), _least(threshold, activation, values.dtype.type)
     count, healthy = _mark(values, truths, least, activation == ops.NONE and least <= 0, limits, marks)
-    return *collect(in_words(marks), marks, count), healthy
+    return *collect(marks, count), healthy
 
 
 class Places(NamedTuple):

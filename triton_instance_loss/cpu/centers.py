@@ -45,14 +45,11 @@ def _overlaps(geometry: Indices, used: Rows, offsets: Indices, owners: NDArray[n
         for boxes in range(2):
             for side in range(2):
                 _paint(geometry[boxes * batch + sample], used[boxes, sample], offsets, owners[side], True)
-        all_boxes = [
-            _paint(geometry[side * batch + sample], used[side, sample], offsets, owners[side], False)
-            for side in range(2)
-        ]
+        painted = [_paint(geometry[k * batch + sample], used[k, sample], offsets, owners[k], False) for k in range(2)]
         for side in range(2):
             owner, other = owners[side], owners[1 - side]
             for row in range(used[side, sample]):
-                box = all_boxes[side][row]
+                box = painted[side][row]
                 for d in range(box[0], box[3]):
                     for h in range(box[1], box[4]):
                         for w in range(box[2], box[5]):

@@ -17,11 +17,10 @@ from torch import Tensor
 
 from ..ops import COORDINATE_SUMS, GEOMETRY_COLUMNS, HIGHS, LOWS, SIZE
 from . import compiled
-from .activation import Indices, Marks, Rows, collect, in_words
+from .activation import Indices, Marks, Rows, collect
 from .propagation import propagate
 
 _SUMS, _LOWS, _HIGHS = COORDINATE_SUMS.start, LOWS.start, HIGHS.start
-_NO_LOW, _NO_HIGH = 2**31 - 1, -1
 
 
 class Instances(NamedTuple):
@@ -153,9 +152,7 @@ def _measure(
     rows: Rows, firsts: Indices, lasts: Indices, lines: Indices, depth: int, height: int, width: int, table: Indices
 ) -> None:
     """Size, coordinate sums and bounds of each instance."""
-    table[:, :, :_LOWS] = 0
-    table[:, :, _LOWS:_HIGHS] = _NO_LOW
-    table[:, :, _HIGHS:] = _NO_HIGH
+    table[:, :, :_LOWS], table[:, :, _LOWS:_HIGHS], table[:, :, _HIGHS:] = 0, 2**31 - 1, -1
     line, sample, d, h = -1, 0, 0, 0
     for run in range(len(rows)):
         if lines[run] != line:
@@ -163,9 +160,8 @@ def _measure(
             sample, d, h = line // height // depth, line // height % depth, line % height
         if rows[run] > 0:
             instance, length = table[sample, rows[run] - 1], lasts[run] - firsts[run] + 1
-            first, last = firsts[run] - line * width, lasts[run] - line * width
             instance[SIZE] += length
-            for axis, low, high in ((0, d, d), (1, h, h), (2, first, last)):
+            for axis, low, high in ((0, d, d), (1, h, h), (2, firsts[run] - line * width, lasts[run] - line * width)):
                 instance[_SUMS + axis] += length * (low + high) // 2  # of so many terms from low to high
                 instance[_LOWS + axis] = min(instance[_LOWS + axis], low)
                 instance[_HIGHS + axis] = max(instance[_HIGHS + axis], high)
@@ -230,7 +226,7 @@ def measure(sides: list[Instances], shape: tuple[int, ...], capacity: int) -> Te
 def _foreground(mask: NDArray[np.bool_]) -> tuple[Indices, Marks]:
     """The voxels of a foreground, and as many values that are not 0."""
     marks = mask.reshape(-1).view(np.uint8)
-    return collect(in_words(marks), marks, int(np.count_nonzero(marks)))
+    return collect(marks, int(np.count_nonzero(marks)))
 
 
 def components(mask: Tensor, num_iterations: int) -> Tensor:

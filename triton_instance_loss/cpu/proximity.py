@@ -1,12 +1,6 @@
 """Distances between extended boxes on the CPU: `proximity_minima` of ops.py.
 
-Along an axis with inclusive bounds [low, high] and extent e = max(high - low, 1) the box is [max(low - e - 1, 0),
-min(high + e, dim)) and its centre low' + ceil((high' - low') / 2). With |.| volumes, d the distance of the centres,
-diag the diagonal of the smallest box around both,
-
-    DIoU = 1 - |A n B| / |A u B| + d^2 / (diag^2 + 1e-7).
-
-A side without instances is one box [q - 1, q + 1), q = dim // 2, in the middle.
+The boxes, their distance and the box of a side without instances are those of kernels/proximity.py, which says them.
 """
 
 import numpy as np

@@ -1,8 +1,7 @@
 """Sums over instances on the CPU, and the gradient of all sums: `sum_instances` and its backward of ops.py.
 
-The formulas are those of kernels/tables.py, which says them in full, at each place: a is the activated output there, o
-and l the rows of its output and label. Everywhere else the sums are those of one pass over the volume, in which nothing
-is true, and so is the gradient, which such a pass writes first.
+The formulas are those of kernels/tables.py, which says them in full, at each place, with i and j for its rows o and l.
+Everywhere else nothing is true: there, sums and the gradient come from passes over the volume, which go first.
 """
 
 import math
@@ -35,6 +34,12 @@ def _note_pairs(ends: Indices, out: Rows, lab: Rows, kept: Rows, capacity: int) 
     return pairs[:count]
 
 
+def _pairs(ends: Indices, out: Rows, lab: Rows, kept: Rows, capacity: int) -> tuple[Indices, Indices]:
+    """The pairs that touch, once each: rows in the tables of all samples of one side."""
+    outputs, labels = np.divmod(np.unique(_note_pairs(ends, out, lab, kept, capacity)), capacity)
+    return outputs, outputs // capacity * capacity + labels
+
+
 @compiled
 def _add_up(
     ends: Indices, out: Rows, lab: Rows, x: Numbers, kept: Rows, code: int, no_tp: bool, hard: bool, sums: Numbers,
@@ -47,10 +52,10 @@ def _add_up(
     for sample in range(len(kept)):
         place, end, of_sample = ends[sample], ends[sample + 1], sample_sums[sample]
         while place < end:
-            o, l, count = out[place], lab[place], 0  # noqa: E741
+            i, j, count = out[place], lab[place], 0
             mass, at_nothing, at_label, squares = 0.0, 0.0, 0.0, 0.0
-            while place < end and out[place] == o and lab[place] == l:
-                a = x[place] if not hard else 1.0 if o != 0 else 0.0
+            while place < end and out[place] == i and lab[place] == j:
+                a = x[place] if not hard else 1.0 if i != 0 else 0.0
                 mass += a
                 at_nothing += phi(code, a, 0.0)
                 at_label += phi(code, a, 1.0)
@@ -59,41 +64,30 @@ def _add_up(
                 place += 1
             if hard:  # of a soft output, phi(a, 0) is there already
                 of_sample[1] += at_nothing
-            if l != 0:
+            if j != 0:
                 of_sample[0] += mass
                 of_sample[1] += at_label - at_nothing
                 of_sample[2] += count
-            if o > 0:
-                line = sums[0, sample, o - 1]
+            if i > 0:
+                line = sums[0, sample, i - 1]
                 line[MASS] += mass
-                line[COST] += at_label if l > 0 else at_nothing
-                if l > 0:
+                line[COST] += at_label if j > 0 else at_nothing
+                if j > 0:
                     line[INTERSECTION] += mass
                     line[OVERLAP] += count
                 if not no_tp:
-                    excess[sample, o - 1] += at_nothing
-                elif l == 0:
-                    excess[sample, o - 1] += squares
-            if l > 0:
-                line = sums[1, sample, l - 1]
+                    excess[sample, i - 1] += at_nothing
+                elif j == 0:
+                    excess[sample, i - 1] += squares
+            if j > 0:
+                line = sums[1, sample, j - 1]
                 line[MASS] += mass
-                if o > 0:
+                if i > 0:
                     line[TOUCHED] += count
-                if 0 < o <= kept[sample]:
+                if 0 < i <= kept[sample]:
                     line[INTERSECTION] += mass
                     line[COST] += at_label if no_tp else at_label - at_nothing
                     line[OVERLAP] += count
-
-
-@compiled
-def _bring(pairs: Indices, excess: Numbers, geometry: Indices, sums: Numbers) -> None:
-    """Add what instances that touch bring each other."""
-    batch, capacity = excess.shape
-    for pair in pairs:
-        row, label = pair // capacity, pair % capacity
-        sample, output = row // capacity, row % capacity
-        sums[1, sample, label, COST] += excess[sample, output]
-        sums[0, sample, output, LABEL] += geometry[batch + sample, label, SIZE]
 
 
 def sum_instances(
@@ -114,36 +108,39 @@ def sum_instances(
     if not hard and bool((counts[KEPT:] == 0).any()):  # sums of samples are read, in which a is not 0 elsewhere
         sample_sums[:, 1] = quantities.phi(quantity, x, 0.0).sum(-1, dtype=torch.float64).sum((1, 2)).numpy()
     _add_up(ends, out, lab, values, kept, quantity, no_tp, hard, sums, excess, sample_sums)
-    _bring(np.unique(_note_pairs(ends, out, lab, kept, capacity)), excess, geometry.numpy(), sums)
-    # The backward notes the pairs again. And all outputs have a row.
+    outputs, truths = _pairs(ends, out, lab, kept, capacity)
+    of_outputs, of_labels = sums.reshape(2, -1, ops.SUMS_COLUMNS)
+    np.add.at(of_labels[:, COST], truths, excess.reshape(-1)[outputs])
+    np.add.at(of_outputs[:, LABEL], outputs, geometry.numpy()[batch:, :, SIZE].reshape(-1)[truths])
+    # The backward finds the pairs again. And all outputs have a row.
     no_pairs, no_rest = (torch.empty((batch, 0), dtype=dtype) for dtype in (torch.int64, torch.bool))
     return torch.from_numpy(sums).flatten(0, 1), torch.from_numpy(sample_sums), no_pairs, no_rest
 
 
 @compiled
 def _by_activated(
-    o: int, l: int, a: float, kept: int, of_outputs: Numbers, of_labels: Numbers, of_excess: Numbers, of_sample: Numbers,
-    code: int, no_tp: bool, hard: bool,
+    i: int, j: int, a: float, kept: int, of_outputs: Numbers, of_labels: Numbers, of_excess: Numbers,
+    of_sample: Numbers, code: int, no_tp: bool, hard: bool,
 ) -> float:  # fmt: skip
     """The gradient of the activated output at a place."""
-    grad, y = 0.0, 1.0 if l != 0 else 0.0
+    grad, y = 0.0, 1.0 if j != 0 else 0.0
     slope_0, slope_1 = phi_derivative(code, a, 0.0), phi_derivative(code, a, 1.0)
-    if o > 0:
-        line = of_outputs[o - 1]
-        grad += line[MASS] + line[COST] * (slope_1 if l > 0 else slope_0)
-        if l > 0:
+    if i > 0:
+        line = of_outputs[i - 1]
+        grad += line[MASS] + line[COST] * (slope_1 if j > 0 else slope_0)
+        if j > 0:
             grad += line[INTERSECTION]
         if not no_tp:
-            grad += of_excess[o - 1] * slope_0
-        elif l == 0:
-            grad += of_excess[o - 1] * phi_derivative(code, a * a, 0.0) * a
-    if l > 0:
-        line = of_labels[l - 1]
+            grad += of_excess[i - 1] * slope_0
+        elif j == 0:
+            grad += of_excess[i - 1] * phi_derivative(code, a * a, 0.0) * a
+    if j > 0:
+        line = of_labels[j - 1]
         grad += line[MASS]
-        if 0 < o <= kept:
+        if 0 < i <= kept:
             grad += line[INTERSECTION] + line[COST] * (slope_1 if no_tp else slope_1 - slope_0)
     # (zero times a slope that is not finite would be NaN)
-    if (o != 0 or l != 0 or not hard) and (of_sample[0] != 0 or of_sample[1] != 0):
+    if (i != 0 or j != 0 or not hard) and (of_sample[0] != 0 or of_sample[1] != 0):
         grad += of_sample[0] * y + of_sample[1] * phi_derivative(code, a, y)
     return grad
 
@@ -157,40 +154,29 @@ def _gradient(
 ) -> None:  # fmt: skip
     """Write the gradient of z at each place."""
     for sample in range(len(kept)):
-        last_o, last_l = -2, -2
-        by_a, false, missed = 0.0, 0.0, 0.0
+        last_i, last_j, by_a, false, missed = -2, -2, 0.0, 0.0, 0.0
         for place in range(ends[sample], ends[sample + 1]):
-            o, l = out[place], lab[place]  # noqa: E741
-            if o != last_o or l != last_l or not hard:  # a hard output is the same as at the place before
-                last_o, last_l = o, l
+            i, j = out[place], lab[place]
+            if i != last_i or j != last_j or not hard:  # a hard output is the same as at the place before
+                last_i, last_j = i, j
                 by_a = _by_activated(
-                    o, l, x[place] if not hard else 1.0 if o != 0 else 0.0, kept[sample], grad_sums[0, sample],
+                    i, j, x[place] if not hard else 1.0 if i != 0 else 0.0, kept[sample], grad_sums[0, sample],
                     grad_sums[1, sample], grad_excess[sample], grad_sample_sums[sample], code, no_tp, hard,
                 )  # fmt: skip
                 if mistakes != ops.NO_GRADIENT:
-                    false = grad_terms[ops.FALSE_INSTANCES] * slopes[0, sample, o - 1, BY_FALSE] if o > 0 else 0.0
-                    missed = grad_terms[ops.MISSED_INSTANCES] * slopes[1, sample, l - 1, BY_FALSE] if l > 0 else 0.0
+                    false = grad_terms[ops.FALSE_INSTANCES] * slopes[0, sample, i - 1, BY_FALSE] if i > 0 else 0.0
+                    missed = grad_terms[ops.MISSED_INSTANCES] * slopes[1, sample, j - 1, BY_FALSE] if j > 0 else 0.0
                 if mistakes == ops.OF_MEAN:
                     by_a += false + missed
             grad, by_u, s = by_a, 0.0, p[place] * (1.0 - p[place]) if hard else 1.0
-            if pixel != NOT_FUSED and (o != 0 or l != 0 or pixel != HARD):
-                u, w = seen_by_pixel(x[place], p[place], o != 0, l != 0, labels[place], pixel)
+            if pixel != NOT_FUSED and (i != 0 or j != 0 or pixel != HARD):
+                u, w = seen_by_pixel(x[place], p[place], i != 0, j != 0, labels[place], pixel)
                 by_u = grad_pixel_sums[sample, 0] * w
                 by_u += grad_pixel_sums[sample, 1] * phi_derivative(pixel_code, u, w)
             grad = grad * s + by_u if pixel == RAW else (grad + by_u) * s
             if mistakes == ops.OF_LOGARITHM:
                 grad += false * p[place] + missed * (1.0 - p[place])
             grads[voxels[place]] = grad
-
-
-@compiled
-def _bring_back(pairs: Indices, grad_sums: Numbers, grad_excess: Numbers) -> None:
-    """Gradient of the excess of each output: what the labels that it touches have by COST."""
-    capacity = grad_excess.shape[1]
-    for pair in pairs:
-        row, label = pair // capacity, pair % capacity
-        sample, output = row // capacity, row % capacity
-        grad_excess[sample, output] += grad_sums[1, sample, label, COST]
 
 
 def sum_instances_backward(
@@ -226,7 +212,8 @@ def sum_instances_backward(
     places = gather(voxels, out, lab, x, labels, activation, pixel)
     of_rows, of_slopes = (each.numpy().reshape(2, len(x), capacity, -1) for each in (grad_sums, slopes))
     grad_excess = np.zeros((len(x), capacity))
-    _bring_back(np.unique(_note_pairs(places.ends, out, lab, kept, capacity)), of_rows, grad_excess)
+    outputs, truths = _pairs(places.ends, out, lab, kept, capacity)
+    np.add.at(grad_excess.reshape(-1), outputs, of_rows[1].reshape(-1, ops.GRADIENT_COLUMNS)[truths, COST])
     _gradient(
         voxels, *places, kept, grad_terms.numpy(), of_slopes, of_rows, grad_excess, np.ascontiguousarray(of_samples),
         grad_pixel_sums.numpy(), hard, quantity, no_tp, pixel, pixel_quantity, mistakes, grad.numpy().reshape(-1),

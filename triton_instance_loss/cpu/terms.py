@@ -164,51 +164,26 @@ def terms(
     return torch.from_numpy(results), torch.from_numpy(slopes).flatten(0, 1), torch.from_numpy(sample_slopes)
 
 
-@compiled
-def _terms_backward(
-    grads: Numbers, slopes: Numbers, sample_slopes: Numbers, counts: Rows, masses: bool, values: bool, table: Numbers,
-    of_samples: Numbers, pixel: Numbers,
-) -> None:  # fmt: skip
-    """Write the gradients of all sums."""
-    batch = len(sample_slopes)
-    for sample in range(batch):
-        of_sample = sample_slopes[sample]
-        by_whole, by_distance = 0.0, grads[ops.PROXIMITY] * of_sample[ops.BY_DISTANCE]
-        for side in range(2):
-            by_value = grads[ops.INSTANCE_LABEL] * of_sample[ops.BY_LABEL]
-            by_near, used, count = by_distance, counts[ops.LABELS, sample], counts[ops.LABELS, sample]
-            if side == 0:
-                by_value = grads[ops.INSTANCE_OUTPUT] * of_sample[ops.BY_OUTPUT]
-                by_near, used, count = -by_distance, counts[ops.KEPT, sample], counts[ops.OUTPUTS, sample]
-            if used == 0:  # row 0 is the whole sample
-                by_whole += by_value + by_near * slopes[side, sample, 0, ops.DISTANCE]
-            for row in range(count):
-                line, into = slopes[side, sample, row], table[side, sample, row]
-                if masses:
-                    into[ops.MASS] = grads[ops.CENTER] * line[ops.BY_CENTER]
-                if values:
-                    value = by_value + by_near * line[ops.DISTANCE]
-                    into[ops.INTERSECTION] = value * line[ops.BY_INTERSECTION]
-                    into[ops.COST] = value * line[ops.BY_PREDICTION]
-        if masses:
-            of_samples[sample, ops.BY_REST] = grads[ops.FALSE_INSTANCES] * of_sample[ops.BY_MISTAKE]
-        if values:
-            of_samples[sample, 0] = by_whole * of_sample[ops.WHOLE_BY_INTERSECTION]
-            of_samples[sample, 1] = by_whole * of_sample[ops.WHOLE_BY_PREDICTION]
-        pixel[sample, 0] = grads[ops.PIXEL] * of_sample[ops.PIXEL_BY_INTERSECTION]
-        pixel[sample, 1] = grads[ops.PIXEL] * of_sample[ops.PIXEL_BY_PREDICTION]
-
-
 def terms_backward(
     grad_terms: Tensor, slopes: Tensor, sample_slopes: Tensor, counts: Tensor, masses: bool, values: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Operator `terms_backward` (ops.py)."""
-    batch, rows = len(sample_slopes), slopes.shape[1]
-    table = np.zeros((2, batch, rows, ops.GRADIENT_COLUMNS))
-    of_samples = np.zeros((batch, ops.WHOLE_GRADIENT_COLUMNS))
-    pixel = np.zeros((batch, ops.SAMPLE_GRADIENT_COLUMNS))
-    _terms_backward(
-        grad_terms.numpy(), slopes.numpy().reshape(2, batch, rows, -1), sample_slopes.numpy(), counts.numpy(), masses,
-        values, table, of_samples, pixel,
-    )  # fmt: skip
-    return torch.from_numpy(table).flatten(0, 1), torch.from_numpy(of_samples), torch.from_numpy(pixel)
+    grads, of_samples, of_rows = grad_terms.numpy(), sample_slopes.numpy(), slopes.numpy()
+    batch = len(of_samples)
+    table = np.zeros((*slopes.shape[:2], ops.GRADIENT_COLUMNS))
+    of_sample = np.zeros((batch, ops.WHOLE_GRADIENT_COLUMNS))
+    if masses:
+        of_sample[:, ops.BY_REST] = grads[ops.FALSE_INSTANCES] * of_samples[:, ops.BY_MISTAKE]
+        table[..., ops.MASS] = grads[ops.CENTER] * of_rows[..., ops.BY_CENTER]
+    if values:
+        by_distance = grads[ops.PROXIMITY] * of_samples[:, ops.BY_DISTANCE]
+        by_output = grads[ops.INSTANCE_OUTPUT] * of_samples[:, ops.BY_OUTPUT]
+        by_label = grads[ops.INSTANCE_LABEL] * of_samples[:, ops.BY_LABEL]
+        by_value = np.concatenate((-by_distance, by_distance))[:, None] * of_rows[..., ops.DISTANCE]
+        by_value += np.concatenate((by_output, by_label))[:, None]
+        table[..., ops.INTERSECTION] = by_value * of_rows[..., ops.BY_INTERSECTION]
+        table[..., ops.COST] = by_value * of_rows[..., ops.BY_PREDICTION]
+        of_whole = np.where(counts.numpy()[ops.KEPT :] == 0, by_value[:, 0].reshape(2, batch), 0.0).sum(0)
+        of_sample[:, : ops.BY_REST] = of_whole[:, None] * of_samples[:, ops.WHOLE_BY_INTERSECTION :]
+    pixel = grads[ops.PIXEL] * of_samples[:, : ops.PIXEL_BY_PREDICTION + 1]
+    return torch.from_numpy(table), torch.from_numpy(of_sample), torch.from_numpy(pixel)
