@@ -9,7 +9,7 @@ places. All is deterministic: a loop adds in the order of voxels.
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from numba import njit
 
@@ -26,7 +26,6 @@ def compiled(loop: _Loop) -> _Loop:
     """
     loop.__qualname__ += "_" + _DIGEST
     try:
-        kept: _Loop = njit(nogil=True, error_model="numpy", cache=True)(loop)
+        return cast(_Loop, njit(nogil=True, error_model="numpy", cache=True)(loop))
     except RuntimeError:
-        kept = njit(nogil=True, error_model="numpy")(loop)
-    return kept
+        return cast(_Loop, njit(nogil=True, error_model="numpy")(loop))

@@ -36,8 +36,9 @@ Numbers = NDArray[np.float64]
 
 
 @functools.lru_cache(maxsize=64)
-def _least(threshold: float, activation: int, dtype: Any) -> Any:
-    """The least output that is foreground, in its dtype."""
+def _least(threshold: float, activation: int, name: str) -> Any:
+    """The least output that is foreground, in the dtype that is named."""
+    dtype = np.dtype(name).type
     threshold = dtype(threshold)  # as PyTorch and NumPy compare: a tiny one may become 0
     if activation != ops.SIGMOID:
         return threshold
@@ -86,7 +87,7 @@ def find_foreground(x: Tensor, labels: Tensor, activation: int, threshold: float
     values, truths = x.numpy().reshape(-1), labels.numpy().reshape(-1)
     truths = truths.view(np.uint8) if truths.dtype == np.bool_ else truths
     limits = np.array([-0.5, 0.5, 1.5]).astype(truths.dtype)  # of whole numbers 0, 0, 1
-    marks, least = np.empty(len(values), dtype=np.uint8), _least(threshold, activation, values.dtype.type)
+    marks, least = np.empty(len(values), dtype=np.uint8), _least(threshold, activation, values.dtype.name)
     count, healthy = _mark(values, truths, least, activation == ops.NONE and least <= 0, limits, marks)
     return *collect(marks, count), healthy
 

@@ -39,7 +39,7 @@ def _cut(voxels: Indices, values: NDArray[Any], width: int) -> tuple[Indices, In
     """Runs of voxels of one value; those of value 0 are left out."""
     begins, firsts = np.empty(len(voxels) + 1, np.int64), np.empty(len(voxels) + 1, np.int64)
     lasts, lines = np.empty(len(voxels) + 1, np.int64), np.empty(len(voxels) + 1, np.int64)
-    runs, line, end_of_line, before, value_before = 0, -1, 0, -2, 0
+    runs, line, end_of_line, before, value_before = 0, -1, 0, -2, np.int64(0)
     for place in range(len(voxels)):
         voxel, value = voxels[place], np.int64(values[place])
         goes_on = (voxel == before + 1) & (value == value_before)
@@ -91,14 +91,13 @@ def _common(parents: Rows, run: int, after: int) -> int:
 
 
 @compiled
-def _join(
-    firsts: Indices, lasts: Indices, lines: Indices, depth: int, height: int, width: int, num_lines: int
-) -> tuple[Rows, int]:
+def _join(firsts: Indices, lasts: Indices, lines: Indices, shape: tuple[int, ...]) -> tuple[Rows, int]:
     """The component of each run, numbered 0..n-1 in the order of their last runs, and n."""
-    heads = np.zeros(num_lines + 1, np.int64)  # the first run of each line
+    batch, depth, height, width = shape
+    heads = np.zeros(batch * depth * height + 1, np.int64)  # the first run of each line
     for run in range(len(lines)):
         heads[lines[run] + 1] += 1
-    for line in range(num_lines):
+    for line in range(batch * depth * height):
         heads[line + 1] += heads[line]
     parents = np.arange(len(lines)).astype(np.int32)
     run = 0
@@ -149,9 +148,10 @@ def _number(
 
 @compiled
 def _measure(
-    rows: Rows, firsts: Indices, lasts: Indices, lines: Indices, depth: int, height: int, width: int, table: Indices
+    rows: Rows, firsts: Indices, lasts: Indices, lines: Indices, shape: tuple[int, ...], table: Indices
 ) -> None:
     """Size, coordinate sums and bounds of each instance."""
+    _, depth, height, width = shape
     table[:, :, :_LOWS], table[:, :, _LOWS:_HIGHS], table[:, :, _HIGHS:] = 0, 2**31 - 1, -1
     line, sample, d, h = -1, 0, 0, 0
     for run in range(len(rows)):
@@ -178,7 +178,7 @@ def spread(begins: Indices, firsts: Indices, lasts: Indices, values: NDArray[Any
 def _find_ids(voxels: Indices, values: NDArray[Any], shape: tuple[int, ...], num_iterations: int) -> Rows:
     """The ids of the components of a foreground, which is where `values` of voxels are not 0, as a volume."""
     begins, firsts, lasts, lines = _cut(voxels, values, shape[-1])
-    names, count = _join(firsts, lasts, lines, *shape[1:], math.prod(shape[:-1]))
+    names, count = _join(firsts, lasts, lines, shape)
     largest, volume = np.zeros(count, dtype=np.int64), np.zeros(shape, dtype=np.int32)
     largest[names] = lasts  # of several values for one name the last stays
     spread(firsts, firsts, lasts, (largest % math.prod(shape[1:]) + 1)[names], volume.reshape(-1))
@@ -187,7 +187,7 @@ def _find_ids(voxels: Indices, values: NDArray[Any], shape: tuple[int, ...], num
         sizes = np.bincount(names, weights=lasts - firsts + 1, minlength=count)
         wide = np.zeros(len(voxels), dtype=np.bool_)
         spread(begins, firsts, lasts, sizes[names] > num_iterations + 1, wide)
-        propagate(voxels[wide], volume.reshape(-1), *shape[1:], num_iterations)
+        propagate(voxels[wide], volume.reshape(-1), shape, num_iterations)
     return volume
 
 
@@ -199,7 +199,7 @@ def find_rows(
         ids = _find_ids(voxels, values, shape, num_iterations).reshape(-1)[voxels]
         return number_rows(voxels, ids, shape, min_size)
     runs = _cut(voxels, values, shape[-1])
-    names, count = _join(*runs[1:], *shape[1:], math.prod(shape[:-1]))
+    names, count = _join(*runs[1:], shape)
     return Instances(*runs, *_number(runs[1], runs[2], names, count, min_size, math.prod(shape[1:]), shape[0]))
 
 
@@ -219,7 +219,7 @@ def measure(sides: list[Instances], shape: tuple[int, ...], capacity: int) -> Te
     rows = capacity or max(1, *(int(side.counts.max(initial=0)) for side in sides))
     geometry = np.empty((len(sides), shape[0], rows, GEOMETRY_COLUMNS), dtype=np.int64)
     for side, table in zip(sides, geometry, strict=True):
-        _measure(side.rows, *side[1:4], *shape[1:], table)
+        _measure(side.rows, side.firsts, side.lasts, side.lines, shape, table)
     return torch.from_numpy(geometry).flatten(0, 1)
 
 

@@ -48,7 +48,7 @@ def find(
         rows[1, in_labels != 0] = -1  # what has no id is in no instance
     for side, of_side in zip((outputs, truths), rows, strict=True):
         spread(side.begins, side.firsts, side.lasts, side.rows, of_side)
-    places = gather(voxels, *rows, x, labels, activation, pixel)
+    places = gather(voxels, rows[0], rows[1], x, labels, activation, pixel)
     sums = pixel_sums(x, places, activation, pixel, pixel_quantity)
     health = torch.tensor(1.0 if healthy else torch.nan, dtype=torch.float64)
     sites = [torch.from_numpy(voxels), torch.from_numpy(rows)]

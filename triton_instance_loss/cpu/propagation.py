@@ -11,8 +11,9 @@ from .activation import Indices, Rows
 
 
 @compiled
-def propagate(front: Indices, ids: Rows, depth: int, height: int, width: int, rounds: int) -> None:
+def propagate(front: Indices, ids: Rows, shape: tuple[int, ...], rounds: int) -> None:
     """Write the ids of whole components, whose voxels `front` lists and uses up; ids of background are 0."""
+    _, depth, height, width = shape
     plane, count = height * width, len(front)
     coming, brought, waits = np.empty_like(front), np.empty(count, np.int32), np.zeros(len(ids), np.bool_)
     for place in range(count):

@@ -36,7 +36,7 @@ def phi_derivative(code: int, u: float, w: float) -> float:
         return 1.0 if u > w else -1.0 if u < w else u - w  # which is 0 or NaN there
     if code == SQUARED_ERROR:
         return 2.0 * (u - w)
-    return (u - w) / np.maximum(u * (1.0 - u), 1e-12)
+    return (u - w) / float(np.maximum(u * (1.0 - u), 1e-12))
 
 
 @compiled

@@ -45,12 +45,12 @@ def _weight(used: Rows, sample: int, classes: int, reduction: int, total: float)
     """What one row of a sample adds to the mean over instances; total 0: there are no other processes."""
     batch = len(used)
     if reduction == ops.BY_MEAN:
-        return 1.0 / (batch * max(used[sample], 1))
+        return 1.0 / (batch * float(max(used[sample], 1)))
     if reduction != ops.BY_INSTANCE:
         return 1.0 / batch
     if total == 0:
         for other in range(sample % classes, batch, classes):
-            total += max(used[other], 1)
+            total += float(max(used[other], 1))
     return 1.0 / (classes * total)
 
 
