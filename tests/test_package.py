@@ -46,7 +46,8 @@ def python(code, **environment):
 def test_import_brings_in_nothing_heavy():
     loaded = python(
         "import sys, triton_instance_loss, triton_instance_loss.functional, triton_instance_loss.nnunet\n"
-        "print([name for name in ('triton', 'monai', 'nnunetv2', 'numba', 'scipy', 'matplotlib') if name in sys.modules])"
+        "heavy = ('triton', 'monai', 'nnunetv2', 'numba', 'scipy', 'matplotlib')\n"
+        "print([name for name in heavy if name in sys.modules])"
     )
     assert loaded.strip() == "[]"
 

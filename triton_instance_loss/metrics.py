@@ -210,7 +210,7 @@ def _match_by_iou(x: Tensor, found: Found, threshold: float) -> _Matches:
     # One key for each pair of rows, in the order of outputs and then of labels; 0 where either has none.
     base = rows + 1
     if rows_of_tables(x, rows) == 0:  # shapes may depend on data, and sites are lists of voxels
-        voxels, sides = found.sites
+        (voxels,), sides = found.sites
         both = (sides > 0).all(dim=0)
         sample, (out_rows, lab_rows) = voxels[both] // x[0].numel(), sides[:, both].long()
         keys = torch.where(sample == torch.arange(batch)[:, None], out_rows * base + lab_rows, 0)

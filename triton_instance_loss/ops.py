@@ -76,8 +76,8 @@ SLOPES_COLUMNS = 5
 PIXEL_BY_INTERSECTION, PIXEL_BY_PREDICTION, BY_LABEL, BY_OUTPUT, BY_DISTANCE, BY_MISTAKE = range(6)
 WHOLE_BY_INTERSECTION, WHOLE_BY_PREDICTION, SAMPLE_SLOPES_COLUMNS = 6, 7, 8
 # The sites of the CPU backend: the voxels of either foreground and those with a label, by their index in the batch, in
-# that order, int64; and of each its rows in both sides (2, voxels) int32, -1 for foreground in no instance. Columns at
-# the end that are not used hold -1.
+# that order, (1, voxels) int64; and of each its rows in both sides (2, voxels) int32, -1 for foreground in no instance.
+# Columns at the end that are not used hold -1. (Inductor wants all tensors of a list to have as many axes.)
 
 _library = torch.library.Library("triton_instance_loss", "DEF")
 
@@ -218,7 +218,7 @@ def _fake_find(
 ) -> tuple[list[Tensor], Tensor, Tensor, Tensor, Tensor]:
     batch, *shape = x.shape
     if backend(x) == "cpu":
-        sites = [x.new_empty((x.numel(),), dtype=torch.int64), x.new_empty((2, x.numel()), dtype=torch.int32)]
+        sites = [x.new_empty((1, x.numel()), dtype=torch.int64), x.new_empty((2, x.numel()), dtype=torch.int32)]
     else:
         sites = [x.new_empty(size, dtype=torch.int32) for size in ((2 * batch, *shape), (batch, rest))]
     return (

@@ -2,8 +2,8 @@
 
 Everything works on *places*, the voxels of either foreground, a list of one or two per cent of a patch. Passes that
 must see every voxel are left to PyTorch where formulas want to be vectorised; they use its threads, loops take one.
-Results equal those of the kernels: integers exactly, sums to the rounding of float64, in which all is computed at
-places. All is deterministic: a loop adds in the order of voxels.
+Results equal those of the kernels: integers exactly, sums to the rounding of float64. A loop adds in the order of
+voxels: all is deterministic.
 """
 
 import hashlib

@@ -27,8 +27,7 @@ from .quantities import phi, phi_derivative, truth
 # Voxels of which a pass computes formulas at once: so many that all threads have work, so few that what stands in
 # between needs no new memory from the system, whose pages take longer to touch than the formulas.
 CHUNK = 2**17
-# Bits of a mark: a is foreground, y is, the label is not 0.
-OUT, LAB, LABELLED = 1, 2, 4
+OUT, LAB = 1, 2  # bits of a mark: a is foreground, y is; 4: the label is not 0
 Indices = NDArray[np.int64]
 Rows = NDArray[np.int32]
 Marks = NDArray[np.uint8]
@@ -56,8 +55,7 @@ def _mark(
     x: NDArray[Any], labels: NDArray[Any], least: float, only_ones: bool, limits: NDArray[Any], marks: Marks
 ) -> tuple[int, bool]:
     """Mark all voxels; how many places there are, and whether all is as it must be."""
-    lowest, half, highest = limits[0], limits[1], limits[2]
-    places, broken = 0, 0
+    lowest, half, highest, places, broken = limits[0], limits[1], limits[2], 0, 0
     for voxel in range(len(x)):
         value, label = x[voxel], labels[voxel]
         out = (value == 1) if only_ones else (value >= least)

@@ -2,8 +2,7 @@
 
 The places of a foreground are cut into *runs*, voxels in a row along the last axis. Runs in neighbouring lines are
 compared as two sorted lists are merged, and those that touch are united: each points to an earlier one, and the first
-of a component to itself. Components are ordered by their last run, which is that of their largest voxel; so a walk
-over all runs meets them in the order of their ids. What an instance has follows from the ends of its runs.
+of a component to itself. Its last run has its largest voxel, so components follow each other by their last runs.
 """
 
 import itertools

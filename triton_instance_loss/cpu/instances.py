@@ -15,7 +15,7 @@ from .components import find_rows, measure, number_rows, spread
 
 def read_sites(sites: list[Tensor]) -> tuple[Indices, Rows, Rows]:
     """Voxels, and rows of both sides, without what fills them up."""
-    voxels, rows = (each.numpy() for each in sites)
+    (voxels,), rows = (each.numpy() for each in sites)
     used = int(np.argmin(voxels)) if len(voxels) and voxels[-1] < 0 else len(voxels)
     return voxels[:used], rows[0, :used], rows[1, :used]
 
@@ -51,7 +51,7 @@ def find(
     places = gather(voxels, rows[0], rows[1], x, labels, activation, pixel)
     sums = pixel_sums(x, places, activation, pixel, pixel_quantity)
     health = torch.tensor(1.0 if healthy else torch.nan, dtype=torch.float64)
-    sites = [torch.from_numpy(voxels), torch.from_numpy(rows)]
+    sites = [torch.from_numpy(voxels)[None], torch.from_numpy(rows)]
     if capacity:
         sites = [torch.nn.functional.pad(each, (0, x.numel() - len(voxels)), value=-1) for each in sites]
     counts = _count(outputs.counts, truths.counts, max_kept, too_many)

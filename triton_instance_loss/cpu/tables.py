@@ -155,13 +155,15 @@ def _gradient(
     """Write the gradient of z at each place."""
     for sample in range(len(kept)):
         last_i, last_j, by_a, false, missed = -2, -2, 0.0, 0.0, 0.0
+        of_outputs, of_labels, of_excess = grad_sums[0, sample], grad_sums[1, sample], grad_excess[sample]
+        of_sample, of_pixel = grad_sample_sums[sample], grad_pixel_sums[sample]
         for place in range(ends[sample], ends[sample + 1]):
             i, j = out[place], lab[place]
             if i != last_i or j != last_j or not hard:  # a hard output is the same as at the place before
                 last_i, last_j = i, j
                 by_a = _by_activated(
-                    i, j, x[place] if not hard else 1.0 if i != 0 else 0.0, kept[sample], grad_sums[0, sample],
-                    grad_sums[1, sample], grad_excess[sample], grad_sample_sums[sample], code, no_tp, hard,
+                    i, j, x[place] if not hard else 1.0 if i != 0 else 0.0, kept[sample], of_outputs, of_labels,
+                    of_excess, of_sample, code, no_tp, hard,
                 )  # fmt: skip
                 if mistakes != ops.NO_GRADIENT:
                     false = grad_terms[ops.FALSE_INSTANCES] * slopes[0, sample, i - 1, BY_FALSE] if i > 0 else 0.0
@@ -171,8 +173,7 @@ def _gradient(
             grad, by_u, s = by_a, 0.0, p[place] * (1.0 - p[place]) if hard else 1.0
             if pixel != NOT_FUSED and (i != 0 or j != 0 or pixel != HARD):
                 u, w = seen_by_pixel(x[place], p[place], i != 0, j != 0, labels[place], pixel)
-                by_u = grad_pixel_sums[sample, 0] * w
-                by_u += grad_pixel_sums[sample, 1] * phi_derivative(pixel_code, u, w)
+                by_u = of_pixel[0] * w + of_pixel[1] * phi_derivative(pixel_code, u, w)
             grad = grad * s + by_u if pixel == RAW else (grad + by_u) * s
             if mistakes == ops.OF_LOGARITHM:
                 grad += false * p[place] + missed * (1.0 - p[place])
