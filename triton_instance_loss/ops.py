@@ -77,7 +77,7 @@ PIXEL_BY_INTERSECTION, PIXEL_BY_PREDICTION, BY_LABEL, BY_OUTPUT, BY_DISTANCE, BY
 WHOLE_BY_INTERSECTION, WHOLE_BY_PREDICTION, SAMPLE_SLOPES_COLUMNS = 6, 7, 8
 # The sites of the CPU backend: the voxels of either foreground and those with a label, by their index in the batch, in
 # that order, (1, voxels) int64; and of each its rows in both sides (2, voxels) int32, -1 for foreground in no instance.
-# Columns at the end that are not used hold -1. (Inductor wants all tensors of a list to have as many axes.)
+# Columns at the end that are not used hold -1.
 
 _library = torch.library.Library("triton_instance_loss", "DEF")
 
