@@ -7,6 +7,8 @@ import os
 
 import torch
 
+# Inductor's cache on disk does not know when an operator gives other shapes than before.
+os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
 if not torch.cuda.is_available():
     # Before the first `import triton` of the process.
     os.environ.setdefault("TRITON_INTERPRET", "1")
