@@ -356,6 +356,15 @@ def test_class_numbers_do_not_wrap(backend):
     assert loss(outputs, LESION.byte().to(backend)).item() > 0.1
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16])
+def test_more_classes_than_the_dtype_holds(dtype, backend, monkeypatch):
+    monkeypatch.setattr("triton_instance_loss.checks.debugging", lambda value: False)
+    x = torch.zeros(1, 300, *SHAPE, device=backend)
+    x[:, 0] = 20
+    loss = InstanceLoss(activation="softmax", num_out_chn=300, object_chn=100, to_onehot_y=True)
+    assert loss(x, (100 * LESION).to(dtype).to(backend)).missed_instances.item() == 1
+
+
 @pytest.mark.parametrize("number", [0, 1, 0.0])
 def test_a_mask_has_no_label_to_ignore(number):
     with pytest.raises(ValueError, match="ignore_index must not be"):

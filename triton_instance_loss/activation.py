@@ -158,7 +158,11 @@ def class_masks(name: str, labels: Tensor, classes: Sequence[int], num_classes: 
     if checks.debugging(labels):
         checks.class_numbers(name, labels, num_classes)
         return masks
+    if num_classes == 1 and not labels.is_floating_point():
+        return masks  # any whole number will do
     low, high = (0, num_classes - 1) if num_classes > 1 else (-torch.inf, torch.inf)
+    if not labels.is_floating_point() and labels.dtype != torch.bool:  # a limit beyond those of the dtype would wrap
+        high = min(high, torch.iinfo(labels.dtype).max)
     return torch.where((numbers >= low) & (numbers <= high), masks.byte(), 2)
 
 
