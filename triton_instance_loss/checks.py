@@ -284,7 +284,7 @@ def mask(name: str, values: Tensor, advice: str) -> None:
     """`values` are 0 or 1, or close enough to be meant as that."""
     if values.dtype == torch.bool:
         return
-    low, high = (value.item() for value in torch.aminmax(values))
+    low, high = _limits(values)
     if not (low >= -0.5 and high <= 1.5):
         raise ValueError(
             f"{name} must be 0 or 1 (from -0.5 to 1.5; foreground above 0.5), got {_unlike(low, high, 1.5)!r} among "
@@ -294,7 +294,7 @@ def mask(name: str, values: Tensor, advice: str) -> None:
 
 def class_numbers(name: str, values: Tensor, num_classes: int) -> None:
     """`values` round to class numbers from 0 to `num_classes` - 1; of a single channel, to any number."""
-    low, high = (value.item() for value in torch.aminmax(values.byte() if values.dtype == torch.bool else values))
+    low, high = _limits(values)
     most = num_classes - 1 if num_classes > 1 else math.inf
     # (rounds halves to even, as PyTorch does; NaN cannot be rounded)
     finite = math.isfinite(low) and math.isfinite(high)
@@ -325,8 +325,17 @@ def logits(outputs: Tensor, activation: str, ignored: Tensor | None) -> str | No
 
 
 def _in_unit_interval(values: Tensor) -> bool:
-    low, high = torch.aminmax(values.detach())
-    return bool((low >= 0) & (high <= 1))
+    low, high = _limits(values)
+    return low >= 0 and high <= 1
+
+
+def _limits(values: Tensor) -> tuple[float, float]:
+    """The smallest and the largest value, NaN if one is NaN."""
+    wider = {torch.bool: torch.uint8, torch.bfloat16: torch.float32}.get(values.dtype, values.dtype)
+    low, high = torch.aminmax(values.detach().to(wider))
+    if values.device.type == "cpu" and not torch._C._functorch.is_functorch_wrapped_tensor(low):
+        low, high = low.numpy(), high.numpy()  # type: ignore[assignment] # nothing waits, and no tool counts it as that
+    return low.item(), high.item()
 
 
 def probabilities(name: str, a: Tensor) -> None:
