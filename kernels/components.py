@@ -29,7 +29,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .blocks import block_size, coordinates
+from .blocks import block_size, coordinates, cut
+from .launches import launch
 from .numbering import blocks_of, number, number_components
 from .propagation import propagate
 
@@ -171,19 +172,29 @@ def _label(mask: Tensor) -> tuple[Tensor, Tensor]:
     if ids.numel() == 0:
         return ids, roots
     cells = torch.empty(
-        (batch, triton.cdiv(depth, 2) * triton.cdiv(height, 2) * triton.cdiv(width, 2)),
+        (batch, cut(depth, 2) * cut(height, 2) * cut(width, 2)),
         dtype=torch.uint8,
         device=mask.device,
     )
     num_cells = cells.shape[1]
     block = block_size(num_cells, NODES_BLOCK)
-    _nodes_kernel[(triton.cdiv(num_cells, block), batch)](mask, ids, cells, depth, height, width, num_cells, block)
+    launch(_nodes_kernel, (cut(num_cells, block), batch), mask, ids, cells, depth, height, width, num_cells, block)
     block = block_size(num_cells, MERGE_BLOCK)
     last = 27 if depth > 2 else 18  # one layer of cells has no neighbours in the next
-    _merge_kernel[(triton.cdiv(num_cells, block), batch)](
-        ids, cells, depth, height, width, num_cells, last, block, num_warps=MERGE_WARPS
+    launch(
+        _merge_kernel,
+        (cut(num_cells, block), batch),
+        ids,
+        cells,
+        depth,
+        height,
+        width,
+        num_cells,
+        last,
+        block,
+        num_warps=MERGE_WARPS,
     )
-    _flatten_kernel[(programs, batch)](ids, roots, depth * height * width, flatten_block)
+    launch(_flatten_kernel, (programs, batch), ids, roots, depth * height * width, flatten_block)
     return ids, roots
 
 

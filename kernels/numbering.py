@@ -41,7 +41,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import ops
-from .blocks import block_size, coordinates
+from .blocks import block_size, coordinates, cut
+from .launches import launch
 
 COLUMNS: tl.constexpr = tl.constexpr(ops.GEOMETRY_COLUMNS)
 SIZE: tl.constexpr = tl.constexpr(ops.SIZE)
@@ -188,7 +189,7 @@ def blocks_of(ids: Tensor) -> tuple[int, int]:
     """Lanes of a program and programs a sample: the blocks in which names are counted and ranked."""
     num_voxels = ids.shape[1:].numel()
     block = block_size(num_voxels, REDUCE_BLOCK)
-    return block, triton.cdiv(num_voxels, block)
+    return block, cut(num_voxels, block)
 
 
 def number(
@@ -204,8 +205,8 @@ def number(
     names = torch.zeros_like(ids)
     parts = ids.new_empty((batch, programs))
     if ids.numel() > 0:
-        _tally_kernel[programs, batch](ids, names, num_voxels, min_size > 0, block, num_warps=REDUCE_WARPS)
-        _count_kernel[programs, batch](names, parts, num_voxels, min_size, block, num_warps=REDUCE_WARPS)
+        launch(_tally_kernel, (programs, batch), ids, names, num_voxels, min_size > 0, block, num_warps=REDUCE_WARPS)
+        launch(_count_kernel, (programs, batch), names, parts, num_voxels, min_size, block, num_warps=REDUCE_WARPS)
     return _rank_and_measure(ids, names, parts, capacity, rest_sizes)
 
 
@@ -231,11 +232,11 @@ def _rank_and_measure(
     block, programs = blocks_of(ids)
     # One flat cumsum: along the last axis of a few long rows, torch's runs on a few threads.
     ends = parts.flatten().cumsum(0, dtype=torch.int32)
-    _rank_kernel[programs, batch](
+    launch(_rank_kernel, (programs, batch),
         names, ends, counts, geometry, rest_sizes, num_voxels, capacity, *rest_sizes.shape, block,
         num_warps=REDUCE_WARPS,
     )  # fmt: skip
-    _geometry_kernel[programs, batch](
+    launch(_geometry_kernel, (programs, batch),
         ids, names, geometry, rest_sizes, num_voxels, height, width, capacity, *rest_sizes.shape, block,
         num_warps=REDUCE_WARPS,
     )  # fmt: skip

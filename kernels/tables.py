@@ -39,6 +39,8 @@ Bytes a voxel: forward 8, and x where that is a. Backward 8, x where the formula
 that no pixel term sees), the labels where the pixel term sees them, and one gradient written.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -46,7 +48,8 @@ from torch import Tensor
 
 from .. import ops
 from .activation import NONE, NOT_FUSED, RAW, probability, seen_by_pixel
-from .blocks import adding_programs, block_size, table_programs
+from .blocks import adding_programs, block_size, cut, table_programs
+from .launches import launch
 from .pairs import SUMS_WARPS, insert_pair, sum_neighbours, sum_neighbours_backward
 from .quantities import phi, phi_derivative, sum_where
 
@@ -58,6 +61,7 @@ OVERLAP: tl.constexpr = tl.constexpr(ops.OVERLAP)
 COLUMNS: tl.constexpr = tl.constexpr(ops.SUMS_COLUMNS)
 SAMPLE_COLUMNS: tl.constexpr = tl.constexpr(ops.SAMPLE_COLUMNS)
 OUTPUTS: tl.constexpr = tl.constexpr(ops.OUTPUTS)
+KEPT: tl.constexpr = tl.constexpr(ops.KEPT)
 LABELS: tl.constexpr = tl.constexpr(ops.LABELS)
 GRADIENT_COLUMNS: tl.constexpr = tl.constexpr(ops.GRADIENT_COLUMNS)
 SAMPLE_GRADIENT_COLUMNS: tl.constexpr = tl.constexpr(ops.SAMPLE_GRADIENT_COLUMNS)
@@ -65,8 +69,6 @@ WHOLE_GRADIENT_COLUMNS: tl.constexpr = tl.constexpr(ops.WHOLE_GRADIENT_COLUMNS)
 BY_REST: tl.constexpr = tl.constexpr(ops.BY_REST)
 BY_FALSE: tl.constexpr = tl.constexpr(ops.BY_FALSE)
 SLOPES_COLUMNS: tl.constexpr = tl.constexpr(ops.SLOPES_COLUMNS)
-FALSE_INSTANCES: tl.constexpr = tl.constexpr(ops.FALSE_INSTANCES)
-MISSED_INSTANCES: tl.constexpr = tl.constexpr(ops.MISSED_INSTANCES)
 HARD: tl.constexpr = tl.constexpr(ops.HARD)
 NO_GRADIENT: tl.constexpr = tl.constexpr(ops.NO_GRADIENT)
 OF_LOGARITHM: tl.constexpr = tl.constexpr(ops.OF_LOGARITHM)
@@ -90,6 +92,7 @@ def _clear_kernel(
     excess_ptr,  # (B, capacity) float64
     pairs_ptr,  # (B, slots) int64
     touched_ptr,  # (B, rest) bool
+    arrived_ptr,  # () int32, for the kernel that ends a pass (terms.py)
     capacity,
     slots,
     rest,
@@ -97,6 +100,8 @@ def _clear_kernel(
 ):
     sample = tl.program_id(1).to(tl.int64)
     B = tl.num_programs(1)
+    if (sample == 0) & (tl.program_id(0) == 0):
+        tl.store(arrived_ptr, 0)
     start, step = tl.program_id(0) * BLOCK, tl.num_programs(0) * BLOCK
     nothing = tl.zeros((BLOCK,), tl.float64)
     for side in tl.static_range(2):
@@ -120,11 +125,9 @@ def _clear_kernel(
 @triton.jit
 def _sum_instances_kernel(
     x_ptr,  # (B, V) float32 or float64
-    out_sites_ptr,  # (B, V) int32
-    lab_sites_ptr,  # (B, V) int32
-    kept_ptr,  # (B,) int32
-    out_sums_ptr,  # (B, capacity, 5) float64
-    lab_sums_ptr,  # (B, capacity, 5) float64
+    sites_ptr,  # (2 B, V) int32
+    counts_ptr,  # (3, B) int32
+    sums_ptr,  # (2 B, capacity, 5) float64
     excess_ptr,  # (B, capacity) float64
     parts_ptr,  # (B, blocks, 3) float64: of the sums of a sample
     pairs_ptr,  # (B, pair_capacity) int64
@@ -139,14 +142,15 @@ def _sum_instances_kernel(
     BLOCK: tl.constexpr,
 ):
     sample = tl.program_id(1).to(tl.int64)
-    kept = tl.load(kept_ptr + sample)
+    B = tl.num_programs(1)
+    kept = tl.load(counts_ptr + KEPT * B + sample)
     blocks = (V - 1) // BLOCK + 1  # rounded up; V + BLOCK may not fit
     for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
         voxel = block * BLOCK + tl.arange(0, BLOCK)
         index = sample * V + voxel
         in_volume = voxel < V
-        out_site = tl.load(out_sites_ptr + index, mask=in_volume, other=0)
-        lab_site = tl.load(lab_sites_ptr + index, mask=in_volume, other=0)
+        out_site = tl.load(sites_ptr + index, mask=in_volume, other=0)
+        lab_site = tl.load(sites_ptr + B.to(tl.int64) * V + index, mask=in_volume, other=0)
         y = (lab_site != 0).to(tl.float32)
         a = (out_site != 0).to(tl.float32)
         if ACTIVATION == NONE:
@@ -170,7 +174,7 @@ def _sum_instances_kernel(
             count = sum_where(tl.zeros_like(a) + 1, here)
             mass, cost_0, cost_1 = sum_where(a, here), sum_where(phi_0, here), sum_where(phi_1, here)
             if (out > 0) & (out <= capacity):
-                row_ptr = out_sums_ptr + (sample * capacity + out - 1) * COLUMNS
+                row_ptr = sums_ptr + (sample * capacity + out - 1) * COLUMNS
                 tl.atomic_add(row_ptr + MASS, mass, sem="relaxed")
                 tl.atomic_add(row_ptr + COST, tl.where(lab > 0, cost_1, cost_0), sem="relaxed")
                 tl.atomic_add(excess_ptr + sample * capacity + out - 1, sum_where(excess, here), sem="relaxed")
@@ -180,7 +184,7 @@ def _sum_instances_kernel(
             elif (out > capacity) & (out <= capacity + rest) & (lab > 0):
                 tl.store(touched_ptr + sample * rest + out - capacity - 1, True)
             if (lab > 0) & (lab <= capacity):
-                row_ptr = lab_sums_ptr + (sample * capacity + lab - 1) * COLUMNS
+                row_ptr = sums_ptr + ((B + sample) * capacity + lab - 1) * COLUMNS
                 tl.atomic_add(row_ptr + MASS, mass, sem="relaxed")
                 if out > 0:
                     tl.atomic_add(row_ptr + TOUCHED, count, sem="relaxed")
@@ -194,21 +198,18 @@ def _sum_instances_kernel(
 
 @triton.jit
 def _sum_instances_backward_kernel(
-    grad_terms_ptr,  # (7,) float64
-    out_slopes_ptr,  # (B, capacity, 5) float64
-    lab_slopes_ptr,  # (B, capacity, 5) float64
-    grad_out_sums_ptr,  # (B, capacity, 3) float64
-    grad_lab_sums_ptr,  # (B, capacity, 3) float64
+    grad_mistakes_ptr,  # (2,) float64: of false and of missed instances
+    slopes_ptr,  # (2 B, capacity, 5) float64
+    grad_sums_ptr,  # (2 B, capacity, 3) float64
     grad_excess_ptr,  # (B, capacity) float64
     grad_sample_sums_ptr,  # (B, 3) float64
     grad_pixel_sums_ptr,  # (B, 2) float64
     x_ptr,  # (B, V) float32 or float64
     labels_ptr,  # (B, V) of any real dtype
-    out_sites_ptr,  # (B, V) int32
-    lab_sites_ptr,  # (B, V) int32
+    sites_ptr,  # (2 B, V) int32
     rest_sizes_ptr,  # (B, rest) int32
     touched_ptr,  # (B, rest) bool
-    kept_ptr,  # (B,) int32
+    counts_ptr,  # (3, B) int32
     grad_x_ptr,  # (B, V), of the dtype of x
     V,
     capacity,
@@ -223,15 +224,16 @@ def _sum_instances_backward_kernel(
 ):
     voxel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     sample = tl.program_id(1).to(tl.int64)
+    B = tl.num_programs(1)
     index = sample * V + voxel
     in_volume = voxel < V
     # What is loaded and then not used, the compiler drops.
     x = tl.load(x_ptr + index, mask=in_volume, other=0)
-    out = tl.load(out_sites_ptr + index, mask=in_volume, other=0)
-    lab = tl.load(lab_sites_ptr + index, mask=in_volume, other=0)
+    out = tl.load(sites_ptr + index, mask=in_volume, other=0)
+    lab = tl.load(sites_ptr + B.to(tl.int64) * V + index, mask=in_volume, other=0)
     foreground, y = out != 0, (lab != 0).to(x.dtype)
     a = x if ACTIVATION == NONE else foreground.to(x.dtype)
-    kept = tl.load(kept_ptr + sample)
+    kept = tl.load(counts_ptr + KEPT * B + sample)
 
     in_out = (out > 0) & (out <= capacity)
     in_lab = (lab > 0) & (lab <= capacity)
@@ -241,14 +243,14 @@ def _sum_instances_backward_kernel(
     slope_1 = phi_derivative(a, tl.zeros_like(a) + 1, QUANTITY)
     excess = tl.where(y > 0, 0.0, phi_derivative(a * a, tl.zeros_like(a), QUANTITY) * a) if NO_TP else slope_0
 
-    row_ptr = grad_out_sums_ptr + (sample * capacity + out - 1) * GRADIENT_COLUMNS
+    row_ptr = grad_sums_ptr + (sample * capacity + out - 1) * GRADIENT_COLUMNS
     grad = tl.load(row_ptr + MASS, mask=in_out, other=0.0)
     grad += tl.load(row_ptr + INTERSECTION, mask=in_out & (lab > 0), other=0.0)
     grad += _times(tl.load(row_ptr + COST, mask=in_out, other=0.0), phi_derivative(a, on_label, QUANTITY), in_out)
     grad_excess = tl.load(grad_excess_ptr + sample * capacity + out - 1, mask=in_out, other=0.0)
     grad += _times(grad_excess, excess, in_out)
 
-    row_ptr = grad_lab_sums_ptr + (sample * capacity + lab - 1) * GRADIENT_COLUMNS
+    row_ptr = grad_sums_ptr + ((B + sample) * capacity + lab - 1) * GRADIENT_COLUMNS
     grad += tl.load(row_ptr + MASS, mask=in_lab, other=0.0)
     grad += tl.load(row_ptr + INTERSECTION, mask=inside, other=0.0)
     slope = slope_1 if NO_TP else slope_1 - slope_0
@@ -264,11 +266,11 @@ def _sum_instances_backward_kernel(
 
     p = probability(x, ACTIVATION)
     if MISTAKES != NO_GRADIENT:
-        out_row, lab_row = sample * capacity + out - 1, sample * capacity + lab - 1
-        false = tl.load(out_slopes_ptr + out_row * SLOPES_COLUMNS + BY_FALSE, mask=in_out, other=0.0)
-        missed = tl.load(lab_slopes_ptr + lab_row * SLOPES_COLUMNS + BY_FALSE, mask=in_lab, other=0.0)
-        false *= tl.load(grad_terms_ptr + FALSE_INSTANCES)
-        missed *= tl.load(grad_terms_ptr + MISSED_INSTANCES)
+        out_row, lab_row = sample * capacity + out - 1, (B + sample) * capacity + lab - 1
+        false = tl.load(slopes_ptr + out_row * SLOPES_COLUMNS + BY_FALSE, mask=in_out, other=0.0)
+        missed = tl.load(slopes_ptr + lab_row * SLOPES_COLUMNS + BY_FALSE, mask=in_lab, other=0.0)
+        false *= tl.load(grad_mistakes_ptr)
+        missed *= tl.load(grad_mistakes_ptr + 1)
         in_rest = (out > capacity) & (out <= capacity + rest)
         row = sample * rest + out - capacity - 1
         size = tl.load(rest_sizes_ptr + row, mask=in_rest, other=1)
@@ -303,39 +305,52 @@ def launch_sum_instances(
     activation: int,
     quantity: int,
     no_tp: bool,
-    pair_capacity: int,
+    pairs: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Sums by instance and by sample, pairs that touch, and the rest; `pair_capacity` is a power of two."""
-    if pair_capacity < 1 or pair_capacity & (pair_capacity - 1):
-        raise ValueError(f"pair_capacity must be a power of two, got {pair_capacity}.")
-    batch, capacity, rest = len(x), geometry.shape[1], sites[1].shape[1]
-    num_voxels = x[0].numel() if batch else 0
+    """Sums by instance and by sample, the pairs that touch, for which there is room for `pairs`, and the rest."""
+    sums, sample_sums, where, touched, _ = sum_up(x, sites, counts, geometry, activation, quantity, no_tp, pairs)
+    return sums, sample_sums, where, touched
+
+
+def sum_up(
+    x: Tensor,
+    sites: list[Tensor],
+    counts: Tensor,
+    geometry: Tensor,
+    activation: int,
+    quantity: int,
+    no_tp: bool,
+    slots: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The same, and a 0 for who comes next."""
+    (batch, *shape), (_, capacity, _), rest, device = x.shape, geometry.shape, sites[1].shape[1], x.device
+    num_voxels = math.prod(shape)
     block = block_size(num_voxels, SOFT_SUMS_BLOCK if activation == ops.NONE else SUMS_BLOCK)
-    blocks = triton.cdiv(num_voxels, block)
+    blocks = cut(num_voxels, block)
     sizes = (2 * batch, capacity, ops.SUMS_COLUMNS), (batch, capacity), (batch, blocks, ops.SAMPLE_COLUMNS)
-    sums, excess, parts = (torch.empty(size, dtype=torch.float64, device=x.device) for size in sizes)
-    sample_sums = torch.empty((batch, ops.SAMPLE_COLUMNS), dtype=torch.float64, device=x.device)
-    pairs = torch.empty((batch, pair_capacity), dtype=torch.int64, device=x.device)
-    touched = torch.empty((batch, rest), dtype=torch.bool, device=x.device)
+    sums, excess, parts = (torch.empty(size, dtype=torch.float64, device=device) for size in sizes)
+    sample_sums = torch.empty((batch, ops.SAMPLE_COLUMNS), dtype=torch.float64, device=device)
+    pairs = torch.empty((batch, slots), dtype=torch.int64, device=device)
+    touched = torch.empty((batch, rest), dtype=torch.bool, device=device)
+    arrived = torch.empty((), dtype=torch.int32, device=device)
     if batch > 0:
-        clear_block = block_size(pair_capacity, CLEAR_BLOCK)
-        _clear_kernel[(table_programs(triton.cdiv(pair_capacity, clear_block)), batch)](
-            counts, sums, excess, pairs, touched, capacity, pair_capacity, rest, clear_block
-        )
-        out_sums, lab_sums = sums.chunk(2)
+        clear_block = block_size(slots, CLEAR_BLOCK)
+        launch(_clear_kernel, (table_programs(cut(slots, clear_block)), batch),
+            counts, sums, excess, pairs, touched, arrived, capacity, slots, rest, clear_block,
+        )  # fmt: skip
         if num_voxels > 0:
             # Sums of a hard output are whole numbers, the same in any order.
             programs = adding_programs(blocks) if activation == ops.NONE else blocks
-            _sum_instances_kernel[(programs, batch)](
-                x, *sites[0].chunk(2), counts[ops.KEPT], out_sums, lab_sums, excess, parts, pairs, touched,
-                num_voxels, capacity, pair_capacity, rest, quantity, no_tp, activation, block, num_warps=SUMS_WARPS,
+            launch(_sum_instances_kernel, (programs, batch),
+                x, sites[0], counts, sums, excess, parts, pairs, touched,
+                num_voxels, capacity, slots, rest, quantity, no_tp, activation, block, num_warps=SUMS_WARPS,
             )  # fmt: skip
         sum_neighbours(pairs, geometry, excess, counts, parts, sums, sample_sums)
-    return sums, sample_sums, pairs, touched
+    return sums, sample_sums, pairs, touched, arrived
 
 
 def launch_sum_instances_backward(
-    grad_terms: Tensor,
+    grad_mistakes: Tensor,
     slopes: Tensor,
     grad_sums: Tensor,
     grad_sample_sums: Tensor,
@@ -354,17 +369,15 @@ def launch_sum_instances_backward(
     mistakes: int,
 ) -> Tensor:
     """Gradient of z from those of the sums by instance and by sample, of the pixel term's, and of the mistakes."""
-    grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if x.numel() == 0:
+    grad_x = torch.empty_like(x)
+    batch, capacity, num_voxels = len(x), grad_sums.shape[1], math.prod(x.shape[1:])
+    if batch * num_voxels == 0:
         return grad_x
-    batch, capacity, num_voxels = len(x), grad_sums.shape[1], x[0].numel()
-    grad_out_sums, grad_lab_sums = grad_sums.chunk(2)
-    grad_excess = sum_neighbours_backward(pairs, grad_lab_sums, counts)
+    grad_excess = sum_neighbours_backward(pairs, grad_sums, counts)
     block = block_size(num_voxels, GRADIENT_BLOCK)
-    _sum_instances_backward_kernel[(triton.cdiv(num_voxels, block), batch)](
-        grad_terms, *slopes.chunk(2), grad_out_sums, grad_lab_sums, grad_excess, grad_sample_sums, grad_pixel_sums,
-        x, labels, *sites[0].chunk(2), sites[1], touched, counts[ops.KEPT], grad_x, num_voxels, capacity,
-        touched.shape[1],
+    launch(_sum_instances_backward_kernel, (cut(num_voxels, block), batch),
+        grad_mistakes, slopes, grad_sums, grad_excess, grad_sample_sums, grad_pixel_sums, x, labels, *sites,
+        touched, counts, grad_x, num_voxels, capacity, touched.shape[1],
         quantity, no_tp, activation, pixel, pixel_quantity if pixel != ops.NOT_FUSED else 0, mistakes, block,
     )  # fmt: skip
     return grad_x

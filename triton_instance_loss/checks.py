@@ -248,7 +248,7 @@ def logits(outputs: Tensor, activation: str, ignored: Tensor | None) -> str | No
 
 def _in_unit_interval(values: Tensor) -> bool:
     low, high = torch.aminmax(values.detach())
-    return bool((low >= 0) & (high <= 1))
+    return low.item() >= 0 and high.item() <= 1
 
 
 def probabilities(name: str, a: Tensor) -> None:

@@ -1,16 +1,15 @@
 """The losses: `InstanceLoss`, `InstanceCenterLoss`, and `WeightedSum` that makes one number of their terms."""
 
 import dataclasses
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
-import torch
 from torch import Tensor
 from torch.nn.modules.loss import _Loss
 
 from . import checks, criteria
 from .activation import unwrap, widen
-from .functional import Criterion, evaluate_terms
+from .functional import Criterion, evaluate_sum, evaluate_terms
 from .options import NAMES, Options
 
 
@@ -122,6 +121,27 @@ class _Family(_Loss):
             ignore_mask,
             self.options,
             names,
+            pixel=self.loss_function_pixel,
+            instance=self.loss_function_instance,
+            center=self.loss_function_center,
+        )
+
+    def evaluate_sum(
+        self,
+        outputs: Tensor,
+        labels: Tensor,
+        cc_label_batch: Tensor | None,
+        ignore_mask: Tensor | None,
+        weights: Mapping[str, float],
+    ) -> tuple[Tensor | None, dict[str, Tensor]]:
+        """The weighted sum of the terms named in `weights`, None if there are none, and these terms, detached."""
+        return evaluate_sum(
+            outputs,
+            labels,
+            cc_label_batch,
+            ignore_mask,
+            self.options,
+            weights,
             pixel=self.loss_function_pixel,
             instance=self.loss_function_instance,
             center=self.loss_function_center,
@@ -361,13 +381,12 @@ class WeightedSum(_Loss):
         ignore_mask: Tensor | None = None,
     ) -> Tensor:
         """The weighted sum of a batch."""
-        used = [name for name, weight in self.weights.items() if weight != 0.0]
-        values = self.loss.evaluate(outputs, labels, cc_label_batch, ignore_mask, used)
-        self.terms = {name: value.detach() for name, value in values.items()}
-        weighted = [self.weights[name] * value for name, value in values.items()]
-        if not weighted or (outputs.requires_grad and not any(value.requires_grad for value in weighted)):
-            weighted.append((0.0 * widen(unwrap(outputs))).sum())
-        return torch.stack(weighted).sum()
+        used = {name: weight for name, weight in self.weights.items() if weight != 0.0}
+        total, self.terms = self.loss.evaluate_sum(outputs, labels, cc_label_batch, ignore_mask, used)
+        if total is not None and (total.requires_grad or not outputs.requires_grad):
+            return total
+        connected = (0.0 * widen(unwrap(outputs))).sum()
+        return connected if total is None else total + connected
 
     def extra_repr(self) -> str:
         """The weights, for `print(loss)`."""
