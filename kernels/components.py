@@ -31,7 +31,7 @@ from torch import Tensor
 
 from .blocks import block_size, coordinates, cut
 from .launches import launch
-from .numbering import blocks_of, number, number_components
+from .numbering import REDUCE_WARPS, blocks_of, number, number_components
 from .propagation import propagate
 
 NODES_BLOCK = 128
@@ -133,13 +133,14 @@ def _merge_kernel(
         node = _node(occupancy, z, y, x, H, W)
         for direction in range(14, last):  # of the 27 steps -1, 0, 1 in three axes, those that lead forward
             step_z, step_y, step_x = direction // 9 - 1, direction // 3 % 3 - 1, direction % 3 - 1
-            to_z, to_y, to_x = z + 2 * step_z, y + 2 * step_y, x + 2 * step_x
-            inside = (to_z < D) & (to_y >= 0) & (to_y < H) & (to_x >= 0) & (to_x < W)
-            facing = inside & ((occupancy & _facing(step_z, step_y, step_x)) != 0)
-            to_cell = cell + (step_z * ((H + 1) // 2) + step_y) * ((W + 1) // 2) + step_x
-            to_occupancy = tl.load(cells_ptr + to_cell, mask=facing, other=0).to(tl.int32)
-            touching = (to_occupancy & _facing(-step_z, -step_y, -step_x)) != 0
-            _unite(parents_ptr, node, _node(to_occupancy, to_z, to_y, to_x, H, W), touching)
+            facing = (occupancy & _facing(step_z, step_y, step_x)) != 0
+            if tl.max(facing.to(tl.int32), axis=0) > 0:
+                to_z, to_y, to_x = z + 2 * step_z, y + 2 * step_y, x + 2 * step_x
+                facing &= (to_z < D) & (to_y >= 0) & (to_y < H) & (to_x >= 0) & (to_x < W)
+                to_cell = cell + (step_z * ((H + 1) // 2) + step_y) * ((W + 1) // 2) + step_x
+                to_occupancy = tl.load(cells_ptr + to_cell, mask=facing, other=0).to(tl.int32)
+                touching = (to_occupancy & _facing(-step_z, -step_y, -step_x)) != 0
+                _unite(parents_ptr, node, _node(to_occupancy, to_z, to_y, to_x, H, W), touching)
 
 
 @triton.jit
@@ -153,14 +154,16 @@ def _flatten_kernel(
     sample = tl.program_id(1).to(tl.int64)
     ids_ptr += sample * V
     node = tl.load(ids_ptr + voxel, mask=voxel < V, other=0)
-    climbing = node > 0
-    while tl.max(climbing.to(tl.int32), axis=0) > 0:
-        parent = tl.load(ids_ptr - 1 + node, mask=climbing, other=0)
-        climbing = climbing & (parent != node)
-        node = tl.where(climbing, parent, node)
-    tl.store(ids_ptr + voxel, node, mask=node > 0)
-    is_root = node == voxel + 1
-    tl.store(roots_ptr + sample * tl.num_programs(0) + tl.program_id(0), tl.sum(is_root.to(tl.int32), axis=0))
+    roots = tl.full([], 0, tl.int32)
+    if tl.max(node, axis=0) > 0:  # most blocks are background
+        climbing = node > 0
+        while tl.max(climbing.to(tl.int32), axis=0) > 0:
+            parent = tl.load(ids_ptr - 1 + node, mask=climbing, other=0)
+            climbing = climbing & (parent != node)
+            node = tl.where(climbing, parent, node)
+        tl.store(ids_ptr + voxel, node, mask=node > 0)
+        roots = tl.sum((node == voxel + 1).to(tl.int32), axis=0)
+    tl.store(roots_ptr + sample * tl.num_programs(0) + tl.program_id(0), roots)
 
 
 def _label(mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -194,7 +197,15 @@ def _label(mask: Tensor) -> tuple[Tensor, Tensor]:
         block,
         num_warps=MERGE_WARPS,
     )
-    launch(_flatten_kernel, (programs, batch), ids, roots, depth * height * width, flatten_block)
+    launch(
+        _flatten_kernel,
+        (programs, batch),
+        ids,
+        roots,
+        depth * height * width,
+        flatten_block,
+        num_warps=REDUCE_WARPS,
+    )
     return ids, roots
 
 

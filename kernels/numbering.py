@@ -164,25 +164,26 @@ def _geometry_kernel(
     sample = tl.program_id(1).to(tl.int64)
     ids_ptr += sample * V
     id = tl.load(ids_ptr + voxel, mask=voxel < V, other=0)
-    found = tl.load(names_ptr + sample * V - 1 + id, mask=id > 0, other=0)
-    row = tl.where(id > 0, tl.abs(found), -id)  # negative: a root, which holds minus its row
-    tl.store(ids_ptr + voxel, row, mask=id != 0)
+    if tl.max(tl.abs(id), axis=0) > 0:  # most blocks are background
+        found = tl.load(names_ptr + sample * V - 1 + id, mask=id > 0, other=0)
+        row = tl.where(id > 0, tl.abs(found), -id)  # negative: a root, which holds minus its row
+        tl.store(ids_ptr + voxel, row, mask=id != 0)
 
-    z, y, x = coordinates(voxel, H, W)
-    row = tl.where(row <= _room(sample, capacity, rest_samples, rest), row, 0)  # more than promised: nowhere
-    while tl.max(row, axis=0) > 0:
-        largest = tl.max(row, axis=0)
-        here = row == largest
-        size = tl.sum(here.to(tl.int32), axis=0)
-        if largest <= capacity:
-            row_ptr = geometry_ptr + (sample * capacity + largest - 1) * COLUMNS
-            tl.atomic_add(row_ptr + SIZE, size.to(tl.int64), sem="relaxed")
-            _add_axis(row_ptr, z, here, 0)
-            _add_axis(row_ptr, y, here, 1)
-            _add_axis(row_ptr, x, here, 2)
-        else:
-            tl.atomic_add(rest_sizes_ptr + sample * rest + largest - capacity - 1, size, sem="relaxed")
-        row = tl.where(here, 0, row)
+        z, y, x = coordinates(voxel, H, W)
+        row = tl.where(row <= _room(sample, capacity, rest_samples, rest), row, 0)  # more than promised: nowhere
+        while tl.max(row, axis=0) > 0:
+            largest = tl.max(row, axis=0)
+            here = row == largest
+            size = tl.sum(here.to(tl.int32), axis=0)
+            if largest <= capacity:
+                row_ptr = geometry_ptr + (sample * capacity + largest - 1) * COLUMNS
+                tl.atomic_add(row_ptr + SIZE, size.to(tl.int64), sem="relaxed")
+                _add_axis(row_ptr, z, here, 0)
+                _add_axis(row_ptr, y, here, 1)
+                _add_axis(row_ptr, x, here, 2)
+            else:
+                tl.atomic_add(rest_sizes_ptr + sample * rest + largest - capacity - 1, size, sem="relaxed")
+            row = tl.where(here, 0, row)
 
 
 def blocks_of(ids: Tensor) -> tuple[int, int]:

@@ -71,11 +71,13 @@ BY_FALSE: tl.constexpr = tl.constexpr(ops.BY_FALSE)
 SLOPES_COLUMNS: tl.constexpr = tl.constexpr(ops.SLOPES_COLUMNS)
 HARD: tl.constexpr = tl.constexpr(ops.HARD)
 NO_GRADIENT: tl.constexpr = tl.constexpr(ops.NO_GRADIENT)
+OF_MEAN: tl.constexpr = tl.constexpr(ops.OF_MEAN)
 OF_LOGARITHM: tl.constexpr = tl.constexpr(ops.OF_LOGARITHM)
 # For one warp (pairs.py), which reduces without barriers. A soft output has four numbers a voxel to keep instead of
 # one; in a block of 256, some would not fit the registers.
 SUMS_BLOCK, SOFT_SUMS_BLOCK = 256, 128
-GRADIENT_BLOCK = 512
+# Four voxels a thread of one warp, so that a block of background is found without a barrier.
+GRADIENT_BLOCK, GRADIENT_WARPS = 128, 1
 CLEAR_BLOCK = 256
 
 
@@ -144,6 +146,7 @@ def _sum_instances_kernel(
     sample = tl.program_id(1).to(tl.int64)
     B = tl.num_programs(1)
     kept = tl.load(counts_ptr + KEPT * B + sample)
+    alone = (kept == 0) | (tl.load(counts_ptr + LABELS * B + sample) == 0)
     blocks = (V - 1) // BLOCK + 1  # rounded up; V + BLOCK may not fit
     for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
         voxel = block * BLOCK + tl.arange(0, BLOCK)
@@ -158,42 +161,109 @@ def _sum_instances_kernel(
             y = y.to(a.dtype)
         key = (tl.maximum(out_site, 0).to(tl.int64) << 32) | tl.maximum(lab_site, 0)
 
-        part_ptr = parts_ptr + (sample * blocks + block) * SAMPLE_COLUMNS
-        tl.store(part_ptr, sum_where(a * y, in_volume))
-        tl.store(part_ptr + 1, sum_where(phi(a, y, QUANTITY), in_volume))
-        tl.store(part_ptr + 2, sum_where(y, in_volume))
+        if alone:  # elsewhere nobody asks for the sums of the sample
+            part_ptr = parts_ptr + (sample * blocks + block) * SAMPLE_COLUMNS
+            tl.store(part_ptr, sum_where(a * y, in_volume))
+            tl.store(part_ptr + 1, sum_where(phi(a, y, QUANTITY), in_volume))
+            tl.store(part_ptr + 2, sum_where(y, in_volume))
+        if tl.max(key, axis=0) > 0:  # most blocks are background
+            phi_0 = phi(a, tl.zeros_like(a), QUANTITY)
+            phi_1 = phi(a, tl.zeros_like(a) + 1, QUANTITY)
+            excess = tl.where(y > 0, 0.0, phi(a * a, tl.zeros_like(a), QUANTITY)) if NO_TP else phi_0
+            while tl.max(key, axis=0) > 0:
+                largest = tl.max(key, axis=0)
+                here = key == largest
+                out, lab = largest >> 32, largest & 0xFFFFFFFF
+                inside = (out > 0) & (out <= kept)
+                count = sum_where(tl.zeros_like(a) + 1, here)
+                mass, cost_0, cost_1 = sum_where(a, here), sum_where(phi_0, here), sum_where(phi_1, here)
+                if (out > 0) & (out <= capacity):
+                    row_ptr = sums_ptr + (sample * capacity + out - 1) * COLUMNS
+                    tl.atomic_add(row_ptr + MASS, mass, sem="relaxed")
+                    tl.atomic_add(row_ptr + COST, tl.where(lab > 0, cost_1, cost_0), sem="relaxed")
+                    tl.atomic_add(excess_ptr + sample * capacity + out - 1, sum_where(excess, here), sem="relaxed")
+                    if lab > 0:
+                        tl.atomic_add(row_ptr + INTERSECTION, mass, sem="relaxed")
+                        tl.atomic_add(row_ptr + OVERLAP, count, sem="relaxed")
+                elif (out > capacity) & (out <= capacity + rest) & (lab > 0):
+                    tl.store(touched_ptr + sample * rest + out - capacity - 1, True)
+                if (lab > 0) & (lab <= capacity):
+                    row_ptr = sums_ptr + ((B + sample) * capacity + lab - 1) * COLUMNS
+                    tl.atomic_add(row_ptr + MASS, mass, sem="relaxed")
+                    if out > 0:
+                        tl.atomic_add(row_ptr + TOUCHED, count, sem="relaxed")
+                    if inside:
+                        tl.atomic_add(row_ptr + INTERSECTION, mass, sem="relaxed")
+                        tl.atomic_add(row_ptr + COST, cost_1 if NO_TP else cost_1 - cost_0, sem="relaxed")
+                        tl.atomic_add(row_ptr + OVERLAP, count, sem="relaxed")
+                        insert_pair(pairs_ptr + sample * pair_capacity, out, lab, pair_capacity)
+                key = tl.where(here, 0, key)
 
-        phi_0 = phi(a, tl.zeros_like(a), QUANTITY)
-        phi_1 = phi(a, tl.zeros_like(a) + 1, QUANTITY)
-        excess = tl.where(y > 0, 0.0, phi(a * a, tl.zeros_like(a), QUANTITY)) if NO_TP else phi_0
-        while tl.max(key, axis=0) > 0:
-            largest = tl.max(key, axis=0)
-            here = key == largest
-            out, lab = largest >> 32, largest & 0xFFFFFFFF
-            inside = (out > 0) & (out <= kept)
-            count = sum_where(tl.zeros_like(a) + 1, here)
-            mass, cost_0, cost_1 = sum_where(a, here), sum_where(phi_0, here), sum_where(phi_1, here)
-            if (out > 0) & (out <= capacity):
-                row_ptr = sums_ptr + (sample * capacity + out - 1) * COLUMNS
-                tl.atomic_add(row_ptr + MASS, mass, sem="relaxed")
-                tl.atomic_add(row_ptr + COST, tl.where(lab > 0, cost_1, cost_0), sem="relaxed")
-                tl.atomic_add(excess_ptr + sample * capacity + out - 1, sum_where(excess, here), sem="relaxed")
-                if lab > 0:
-                    tl.atomic_add(row_ptr + INTERSECTION, mass, sem="relaxed")
-                    tl.atomic_add(row_ptr + OVERLAP, count, sem="relaxed")
-            elif (out > capacity) & (out <= capacity + rest) & (lab > 0):
-                tl.store(touched_ptr + sample * rest + out - capacity - 1, True)
-            if (lab > 0) & (lab <= capacity):
-                row_ptr = sums_ptr + ((B + sample) * capacity + lab - 1) * COLUMNS
-                tl.atomic_add(row_ptr + MASS, mass, sem="relaxed")
-                if out > 0:
-                    tl.atomic_add(row_ptr + TOUCHED, count, sem="relaxed")
-                if inside:
-                    tl.atomic_add(row_ptr + INTERSECTION, mass, sem="relaxed")
-                    tl.atomic_add(row_ptr + COST, cost_1 if NO_TP else cost_1 - cost_0, sem="relaxed")
-                    tl.atomic_add(row_ptr + OVERLAP, count, sem="relaxed")
-                    insert_pair(pairs_ptr + sample * pair_capacity, out, lab, pair_capacity)
-            key = tl.where(here, 0, key)
+
+@triton.jit
+def _of_instances(
+    x,
+    out,
+    lab,
+    sample,
+    grad_sums_ptr,
+    grad_excess_ptr,
+    sample_ptr,
+    counts_ptr,
+    capacity,
+    QUANTITY: tl.constexpr,
+    NO_TP: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+):
+    """Gradient of a, from those of the sums of instances and of the whole sample."""
+    B = tl.num_programs(1)
+    kept = tl.load(counts_ptr + KEPT * B + sample)
+    foreground, y = out != 0, (lab != 0).to(x.dtype)
+    a = x if ACTIVATION == NONE else foreground.to(x.dtype)
+    in_out = (out > 0) & (out <= capacity)
+    in_lab = (lab > 0) & (lab <= capacity)
+    inside = in_lab & (out > 0) & (out <= kept)
+    on_label = (lab > 0).to(x.dtype)
+    slope_0 = phi_derivative(a, tl.zeros_like(a), QUANTITY)
+    slope_1 = phi_derivative(a, tl.zeros_like(a) + 1, QUANTITY)
+    excess = tl.where(y > 0, 0.0, phi_derivative(a * a, tl.zeros_like(a), QUANTITY) * a) if NO_TP else slope_0
+
+    row_ptr = grad_sums_ptr + (sample * capacity + out - 1) * GRADIENT_COLUMNS
+    grad = tl.load(row_ptr + MASS, mask=in_out, other=0.0)
+    grad += tl.load(row_ptr + INTERSECTION, mask=in_out & (lab > 0), other=0.0)
+    grad += _times(tl.load(row_ptr + COST, mask=in_out, other=0.0), phi_derivative(a, on_label, QUANTITY), in_out)
+    grad_excess = tl.load(grad_excess_ptr + sample * capacity + out - 1, mask=in_out, other=0.0)
+    grad += _times(grad_excess, excess, in_out)
+
+    row_ptr = grad_sums_ptr + ((B + sample) * capacity + lab - 1) * GRADIENT_COLUMNS
+    grad += tl.load(row_ptr + MASS, mask=in_lab, other=0.0)
+    grad += tl.load(row_ptr + INTERSECTION, mask=inside, other=0.0)
+    slope = slope_1 if NO_TP else slope_1 - slope_0
+    grad += _times(tl.load(row_ptr + COST, mask=inside, other=0.0), slope, inside)
+
+    slope = phi_derivative(a, y, QUANTITY).to(tl.float64)
+    if ACTIVATION != NONE:
+        slope = tl.where(foreground | (y > 0), slope, 0.0)
+    return grad + tl.load(sample_ptr) * y.to(tl.float64) + tl.load(sample_ptr + 1) * slope
+
+
+@triton.jit
+def _of_mistakes(
+    out, lab, sample, grad_mistakes_ptr, slopes_ptr, sample_ptr, rest_sizes_ptr, touched_ptr, capacity, rest
+):
+    """Gradients of false and of missed instances at their voxels."""
+    in_out, in_lab = (out > 0) & (out <= capacity), (lab > 0) & (lab <= capacity)
+    out_row, lab_row = sample * capacity + out - 1, (tl.num_programs(1) + sample) * capacity + lab - 1
+    false = tl.load(slopes_ptr + out_row * SLOPES_COLUMNS + BY_FALSE, mask=in_out, other=0.0)
+    missed = tl.load(slopes_ptr + lab_row * SLOPES_COLUMNS + BY_FALSE, mask=in_lab, other=0.0)
+    false *= tl.load(grad_mistakes_ptr)
+    missed *= tl.load(grad_mistakes_ptr + 1)
+    in_rest = (out > capacity) & (out <= capacity + rest)
+    row = sample * rest + out - capacity - 1
+    size = tl.load(rest_sizes_ptr + row, mask=in_rest, other=1)
+    touched = tl.load(touched_ptr + row, mask=in_rest, other=1)
+    false += tl.where(touched, 0.0, tl.load(sample_ptr + BY_REST) / size.to(tl.float64))
+    return false, missed
 
 
 @triton.jit
@@ -231,56 +301,27 @@ def _sum_instances_backward_kernel(
     x = tl.load(x_ptr + index, mask=in_volume, other=0)
     out = tl.load(sites_ptr + index, mask=in_volume, other=0)
     lab = tl.load(sites_ptr + B.to(tl.int64) * V + index, mask=in_volume, other=0)
-    foreground, y = out != 0, (lab != 0).to(x.dtype)
-    a = x if ACTIVATION == NONE else foreground.to(x.dtype)
-    kept = tl.load(counts_ptr + KEPT * B + sample)
-
-    in_out = (out > 0) & (out <= capacity)
-    in_lab = (lab > 0) & (lab <= capacity)
-    inside = in_lab & (out > 0) & (out <= kept)
-    on_label = (lab > 0).to(x.dtype)
-    slope_0 = phi_derivative(a, tl.zeros_like(a), QUANTITY)
-    slope_1 = phi_derivative(a, tl.zeros_like(a) + 1, QUANTITY)
-    excess = tl.where(y > 0, 0.0, phi_derivative(a * a, tl.zeros_like(a), QUANTITY) * a) if NO_TP else slope_0
-
-    row_ptr = grad_sums_ptr + (sample * capacity + out - 1) * GRADIENT_COLUMNS
-    grad = tl.load(row_ptr + MASS, mask=in_out, other=0.0)
-    grad += tl.load(row_ptr + INTERSECTION, mask=in_out & (lab > 0), other=0.0)
-    grad += _times(tl.load(row_ptr + COST, mask=in_out, other=0.0), phi_derivative(a, on_label, QUANTITY), in_out)
-    grad_excess = tl.load(grad_excess_ptr + sample * capacity + out - 1, mask=in_out, other=0.0)
-    grad += _times(grad_excess, excess, in_out)
-
-    row_ptr = grad_sums_ptr + ((B + sample) * capacity + lab - 1) * GRADIENT_COLUMNS
-    grad += tl.load(row_ptr + MASS, mask=in_lab, other=0.0)
-    grad += tl.load(row_ptr + INTERSECTION, mask=inside, other=0.0)
-    slope = slope_1 if NO_TP else slope_1 - slope_0
-    grad += _times(tl.load(row_ptr + COST, mask=inside, other=0.0), slope, inside)
-
-    here = foreground | (y > 0)
-    row_ptr = grad_sample_sums_ptr + sample * WHOLE_GRADIENT_COLUMNS
-    slope = phi_derivative(a, y, QUANTITY).to(tl.float64)
-    if ACTIVATION != NONE:
-        slope = tl.where(here, slope, 0.0)
-    # Where something is broken the load is NaN, and so is the gradient everywhere.
-    grad += tl.load(row_ptr) * y.to(tl.float64) + tl.load(row_ptr + 1) * slope
-
     p = probability(x, ACTIVATION)
-    if MISTAKES != NO_GRADIENT:
-        out_row, lab_row = sample * capacity + out - 1, (B + sample) * capacity + lab - 1
-        false = tl.load(slopes_ptr + out_row * SLOPES_COLUMNS + BY_FALSE, mask=in_out, other=0.0)
-        missed = tl.load(slopes_ptr + lab_row * SLOPES_COLUMNS + BY_FALSE, mask=in_lab, other=0.0)
-        false *= tl.load(grad_mistakes_ptr)
-        missed *= tl.load(grad_mistakes_ptr + 1)
-        in_rest = (out > capacity) & (out <= capacity + rest)
-        row = sample * rest + out - capacity - 1
-        size = tl.load(rest_sizes_ptr + row, mask=in_rest, other=1)
-        touched = tl.load(touched_ptr + row, mask=in_rest, other=1)
-        false += tl.where(touched, 0.0, tl.load(row_ptr + BY_REST) / size.to(tl.float64))
-        if MISTAKES != OF_LOGARITHM:
-            grad += false + missed
+    here = (out != 0) | (lab != 0)
+    sample_ptr = grad_sample_sums_ptr + sample * WHOLE_GRADIENT_COLUMNS
+    # Where something is broken the loads are NaN, and so is the gradient everywhere.
+    grad = tl.zeros((BLOCK,), tl.float64) + 0.0 * (tl.load(sample_ptr) + tl.load(sample_ptr + 1))
+    false, missed = tl.zeros((BLOCK,), tl.float64), tl.zeros((BLOCK,), tl.float64)
+    # A soft output is everywhere; most blocks of a hard one are background.
+    if (ACTIVATION == NONE) | (tl.max(here.to(tl.int32), axis=0) > 0):
+        grad += _of_instances(
+            x, out, lab, sample, grad_sums_ptr, grad_excess_ptr, sample_ptr, counts_ptr, capacity,
+            QUANTITY, NO_TP, ACTIVATION,
+        )  # fmt: skip
+        if MISTAKES != NO_GRADIENT:
+            false, missed = _of_mistakes(
+                out, lab, sample, grad_mistakes_ptr, slopes_ptr, sample_ptr, rest_sizes_ptr, touched_ptr, capacity, rest
+            )
+    if MISTAKES == OF_MEAN:
+        grad += false + missed
     if PIXEL != NOT_FUSED:
         labels = tl.load(labels_ptr + index, mask=in_volume, other=0)
-        u, w = seen_by_pixel(x, p, foreground, y, labels, PIXEL)
+        u, w = seen_by_pixel(x, p, out != 0, lab != 0, labels, PIXEL)
         row_ptr = grad_pixel_sums_ptr + sample * SAMPLE_GRADIENT_COLUMNS
         by_u = tl.load(row_ptr) * w.to(tl.float64)
         by_u += tl.load(row_ptr + 1) * phi_derivative(u, w, PIXEL_QUANTITY).to(tl.float64)
@@ -379,5 +420,6 @@ def launch_sum_instances_backward(
         grad_mistakes, slopes, grad_sums, grad_excess, grad_sample_sums, grad_pixel_sums, x, labels, *sites,
         touched, counts, grad_x, num_voxels, capacity, touched.shape[1],
         quantity, no_tp, activation, pixel, pixel_quantity if pixel != ops.NOT_FUSED else 0, mistakes, block,
+        num_warps=GRADIENT_WARPS,
     )  # fmt: skip
     return grad_x

@@ -162,4 +162,6 @@ def sum_instances_backward(*arguments):
     _, _, pairs, _ = tables.launch_sum_instances(x, sites, counts, geometry, activation, quantity, no_tp, 64)
     untouched = torch.empty((len(x), 0), dtype=torch.bool, device=x.device)
     case = (x, labels, sites, pairs, untouched, counts, activation, quantity, no_tp, *pixel)
-    return tables.launch_sum_instances_backward(of_rows, of_whole, of_pixel, *case)
+    no_terms = torch.full((7,), float("nan"), dtype=torch.float64, device=x.device)
+    slopes = torch.full((*of_rows.shape[:2], ops.SLOPES_COLUMNS), float("nan"), dtype=torch.float64, device=x.device)
+    return tables.launch_sum_instances_backward(no_terms, slopes, of_rows, of_whole, of_pixel, *case, ops.NO_GRADIENT)

@@ -169,7 +169,10 @@ def test_nothing_in_an_ignored_voxel_matters(backend, activation):
     channels = 2 if activation == "softmax" else 1
     outputs = outputs.repeat(1, channels, 1, 1)
     loss = WeightedSum(
-        InstanceLoss(activation=activation, num_out_chn=channels, spatial_dims=2, ignore_index=7), proximity=1e-3
+        InstanceLoss(
+            activation=activation, num_out_chn=channels, spatial_dims=2, ignore_index=7, rate_instead_number=True
+        ),
+        proximity=1e-3,
     )
     results = []
     for anything in (1e3, torch.nan, torch.inf):

@@ -1,15 +1,20 @@
 """Which losses have a fused form, that it equals the loss, the slow way, and registering a form."""
 
+import copy
+import functools
 import inspect
+import re
 import warnings
 
 import pytest
 import torch
-from monai.losses import DiceCELoss, DiceLoss, GeneralizedDiceLoss, TverskyLoss
+from monai import losses as monai_losses
+from monai.losses import DiceCELoss, DiceLoss, FocalLoss, GeneralizedDiceLoss, MaskedDiceLoss, MaskedLoss, TverskyLoss
+from torch.nn import functional as F
 
-from triton_instance_loss import InstanceLoss, criteria
+from triton_instance_loss import InstanceCenterLoss, InstanceLoss, criteria
 from triton_instance_loss.criteria import FusedCriterion, Linear, fused_form, register_criterion
-from triton_instance_loss.functional import instance_center_loss, instance_segmentation_loss
+from triton_instance_loss.functional import instance_center_loss, instance_proximity_loss, instance_segmentation_loss
 
 FUSED = [
     criteria.DiceLoss(),
@@ -27,18 +32,14 @@ FUSED = [
 SLOW = [
     DiceLoss(reduction="sum"),
     DiceLoss(weight=2.0),
-    DiceLoss(sigmoid=True),
-    DiceLoss(softmax=True),
     DiceLoss(to_onehot_y=True),
     DiceLoss(include_background=False),
-    DiceLoss(other_act=torch.tanh),
     DiceLoss(soft_label=True),
     # an option of newer MONAI
     *([DiceLoss(ignore_index=2)] if "ignore_index" in inspect.signature(DiceLoss).parameters else []),
     TverskyLoss(soft_label=True),
     torch.nn.BCELoss(weight=torch.ones(1)),
     GeneralizedDiceLoss(),
-    DiceCELoss(sigmoid=True),
     torch.nn.HuberLoss(),
     lambda u, w: ((u - w) ** 4).mean(),
 ]
@@ -124,6 +125,226 @@ def test_other_options_go_the_slow_way_with_one_warning(loss):
         warnings.filterwarnings("ignore", "single channel prediction")
         terms = family(outputs, labels)
     assert all(torch.isfinite(value) for value in terms)
+
+
+class SubclassOfLogits(torch.nn.BCEWithLogitsLoss):
+    """As nnU-Net's RobustCrossEntropyLoss is one of CrossEntropyLoss."""
+
+
+class OfNnunet(torch.nn.Module):
+    """As nnU-Net's Dice keeps its activation."""
+
+    def __init__(self, apply_nonlin=None):
+        super().__init__()
+        self.apply_nonlin = apply_nonlin
+
+    def forward(self, u, w):
+        return (u - w).square().mean()
+
+
+class OfModels(OfNnunet):
+    """As segmentation_models_pytorch says that it takes logits."""
+
+    def __init__(self, from_logits=True):
+        super().__init__()
+        self.from_logits = from_logits
+
+
+class WithAnActivation(OfNnunet):
+    """A loss of somebody's own, with an activation as a part of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.activate = torch.nn.Sigmoid()
+
+
+class Holds(torch.nn.Module):
+    """Several losses, in a list that is no module list."""
+
+    def __init__(self, *losses):
+        super().__init__()
+        self.losses = [*losses]
+
+    def forward(self, u, w):
+        return sum(loss(u, w) for loss in self.losses)
+
+
+@functools.wraps(F.cross_entropy)
+def wrapped(u, w):
+    return F.cross_entropy(u, w)
+
+
+ACTIVATING = [
+    (DiceLoss(sigmoid=True), "DiceLoss(sigmoid=True)"),
+    (DiceLoss(softmax=True), "DiceLoss(softmax=True)"),
+    (DiceLoss(other_act=torch.tanh), "DiceLoss(other_act=tanh)"),
+    (TverskyLoss(sigmoid=True), "TverskyLoss(sigmoid=True)"),
+    (GeneralizedDiceLoss(softmax=True), "GeneralizedDiceLoss(softmax=True)"),
+    (MaskedDiceLoss(sigmoid=True), "MaskedDiceLoss(sigmoid=True)"),
+    (monai_losses.HausdorffDTLoss(sigmoid=True), "HausdorffDTLoss(sigmoid=True)"),
+    (monai_losses.DeepSupervisionLoss(DiceLoss(sigmoid=True)), "DiceLoss(sigmoid=True) in DeepSupervisionLoss"),
+    (DiceCELoss(), "DiceCELoss"),
+    (DiceCELoss(sigmoid=True), "DiceCELoss"),
+    (monai_losses.DiceFocalLoss(), "DiceFocalLoss"),
+    (monai_losses.GeneralizedDiceFocalLoss(), "GeneralizedDiceFocalLoss"),
+    (monai_losses.NACLLoss(classes=2, dim=3), "NACLLoss"),
+    (FocalLoss(), "FocalLoss"),
+    (FocalLoss(use_softmax=True), "FocalLoss"),
+    (torch.nn.BCEWithLogitsLoss(), "BCEWithLogitsLoss"),
+    (torch.nn.CrossEntropyLoss(), "CrossEntropyLoss"),
+    (torch.nn.MultiLabelSoftMarginLoss(), "MultiLabelSoftMarginLoss"),
+    (torch.nn.SoftMarginLoss(), "SoftMarginLoss"),
+    (F.binary_cross_entropy_with_logits, "binary_cross_entropy_with_logits"),
+    (F.cross_entropy, "cross_entropy"),
+    (F.multilabel_soft_margin_loss, "multilabel_soft_margin_loss"),
+    (functools.partial(F.cross_entropy, label_smoothing=0.1), "cross_entropy in partial of cross_entropy"),
+    (functools.partial(DiceLoss(sigmoid=True)), "DiceLoss(sigmoid=True) in partial of DiceLoss"),
+    (SubclassOfLogits(), "SubclassOfLogits"),
+    (OfNnunet(torch.sigmoid), "OfNnunet(apply_nonlin=sigmoid)"),
+    (OfNnunet(torch.nn.Softmax(1)), "OfNnunet(apply_nonlin=Softmax(dim=1))"),
+    (OfModels(), "OfModels(from_logits=True)"),
+    (WithAnActivation(), "Sigmoid in WithAnActivation"),
+    (MaskedLoss(DiceLoss(sigmoid=True)), "DiceLoss(sigmoid=True) in MaskedLoss"),
+    (MaskedLoss(F.cross_entropy), "cross_entropy in MaskedLoss"),
+    (Unrecognised(Unrecognised(FocalLoss())), "FocalLoss in Unrecognised"),
+    (Holds(DiceLoss(), torch.nn.BCEWithLogitsLoss()), "BCEWithLogitsLoss in Holds"),
+    (torch.nn.BCEWithLogitsLoss().forward, "BCEWithLogitsLoss in forward"),
+    (wrapped, "cross_entropy"),
+]
+activating = pytest.mark.parametrize(("loss", "what"), ACTIVATING, ids=[what for _, what in ACTIVATING])
+
+
+@activating
+@pytest.mark.parametrize("family", [InstanceLoss, InstanceCenterLoss])
+@pytest.mark.parametrize("name", ["loss_function_instance", "loss_function_center"])
+def test_criteria_that_activate_by_themselves_are_refused(loss, what, family, name):
+    message = f"{name} must be a loss of volumes that are activated already (0 and 1, or probabilities), but {what}"
+    message = re.escape(message) + r" activates them again.*: (leave the activation out|take a loss of probabilities)"
+    with pytest.raises(ValueError, match=message):
+        family(**{name: loss})
+    ours = family()
+    with pytest.raises(ValueError, match=message):
+        ours.edit_parameters(**{name: loss})
+    with pytest.raises(ValueError, match=message):
+        setattr(ours, name, loss)
+    assert getattr(ours, name) is None
+
+
+@activating
+@pytest.mark.parametrize("function", [instance_segmentation_loss, instance_center_loss, instance_proximity_loss])
+def test_functions_refuse_them_too(loss, what, function):
+    outputs, labels = batch("cpu")
+    with pytest.raises(ValueError, match="criterion must be a loss of volumes that are activated already"):
+        function(outputs, labels, criterion=loss)
+
+
+def test_what_to_do_instead():
+    with pytest.raises(ValueError, match=re.escape("leave the activation out: DiceLoss().")):
+        InstanceLoss(None, DiceLoss(sigmoid=True))
+    with pytest.raises(ValueError, match=re.escape("leave the activation out: OfModels(from_logits=False).")):
+        InstanceLoss(None, OfModels())
+    with pytest.raises(ValueError, match=re.escape("take a loss of probabilities instead, such as DiceLoss().")):
+        InstanceLoss(None, DiceCELoss())
+
+
+@pytest.mark.parametrize("loss", [loss for loss, _ in ACTIVATING], ids=[what for _, what in ACTIVATING])
+def test_the_pixel_criterion_sees_logits_and_may_activate(loss):
+    family = InstanceLoss(loss)
+    family.loss_function_pixel = loss
+    assert family.loss_function_pixel is loss
+
+
+class Network(torch.nn.Module):
+    """Its sigmoid is a layer, and what it makes is no loss."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.sigmoid = torch.nn.Conv3d(1, 1, 1), torch.nn.Sigmoid()
+
+    def forward(self, volume):
+        return self.sigmoid(self.layer(volume))
+
+
+class Perceptual(torch.nn.Module):
+    """A distance of features."""
+
+    def __init__(self):
+        super().__init__()
+        self.network = Network().double()
+
+    def sigmoid(self, volume):
+        """A method of that name is no option."""
+        return volume.sigmoid()
+
+    def forward(self, u, w):
+        return (self.network(u) - self.network(w)).square().mean()
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        OfNnunet(),
+        OfNnunet(torch.nn.Identity()),
+        OfModels(from_logits=False),
+        MaskedLoss(DiceLoss()),
+        Perceptual(),
+        functools.partial(F.binary_cross_entropy, reduction="mean"),
+        lambda u, w: F.binary_cross_entropy_with_logits(torch.logit(u, 1e-3), w),  # it knows what it does
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*no fused form", "ignore:No mask value")
+def test_other_criteria_stay_open(loss):
+    outputs, labels = batch("cpu")
+    center = None if "binary" in repr(loss) else loss
+    terms = InstanceLoss(None, loss, center, activation="none", segmentation_threshold=0.8)(outputs, labels)
+    assert all(torch.isfinite(value) for value in terms)
+
+
+def test_a_type_with_a_registered_form_stays_open():
+    """Its form is evaluated and the loss not called, so what it does to logits does not matter; in a wrapper too."""
+    form = FusedCriterion("absolute_error", Linear(prediction=1), Linear(label=1, constant=1))
+    register_criterion(SubclassOfLogits, lambda loss: form)
+    try:
+        InstanceLoss(None, SubclassOfLogits(), SubclassOfLogits())
+        with pytest.warns(UserWarning, match="no fused form"):
+            InstanceLoss(None, Unrecognised(SubclassOfLogits()))
+        register_criterion(SubclassOfLogits, lambda loss: None)  # with these options there is none
+        with pytest.raises(ValueError, match="SubclassOfLogits activates them again"):
+            InstanceLoss(None, SubclassOfLogits())
+    finally:
+        criteria._FORMS.clear()
+        criteria._FORMS.update(FORMS)
+
+
+@pytest.mark.parametrize("name", ["loss_function_pixel", "loss_function_instance", "loss_function_center"])
+@pytest.mark.filterwarnings("ignore:.*no fused form")
+def test_setting_a_criterion_checks_it(name):
+    loss = InstanceLoss(**{name: DiceLoss()})
+    message = re.escape(f"{name} must be a callable loss(outputs, labels), or None for Dice, got 'dice'")
+    for wrong in (functools.partial(setattr, loss, name), lambda value: loss.edit_parameters(**{name: value})):
+        with pytest.raises(TypeError, match=message):
+            wrong("dice")
+        assert isinstance(getattr(loss, name), DiceLoss)
+    for criterion in (torch.nn.MSELoss(), torch.nn.functional.mse_loss, None, DiceLoss()):
+        setattr(loss, name, criterion)
+        assert getattr(loss, name) is criterion
+        assert isinstance(getattr(copy.deepcopy(loss), name), type(criterion))
+    with pytest.raises(ValueError, match="loss_function_center must take values of 1"):
+        loss.loss_function_center = torch.nn.BCELoss()
+
+
+def test_setting_a_slow_criterion_warns_at_the_caller():
+    loss, huber = InstanceLoss(), torch.nn.HuberLoss()
+    with pytest.warns(UserWarning, match="loss_function_instance: HuberLoss") as caught:
+        loss.loss_function_instance = huber
+    assert caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loss.loss_function_instance = huber  # the same again
+        loss.edit_parameters(max_cc_out=3)
+    with pytest.raises(ValueError, match="loss_function_center must be a loss of volumes"):
+        loss.edit_parameters(loss_function_instance=None, loss_function_center=FocalLoss())
+    assert loss.loss_function_instance is huber
 
 
 def test_functional_warns_at_the_caller():

@@ -13,7 +13,7 @@ OPTIONS = [
     ({"activation": None}, ValueError, "activation must be one of 'sigmoid', 'softmax', 'none', got None"),
     ({"reduce_segmentation": "max"}, ValueError, "reduce_segmentation must be one of 'mean', 'sum', got 'max'"),
     ({"instance_wise_reduce": "batch"}, ValueError, "instance_wise_reduce must be one of 'instance', 'data', got"),
-    ({"gradients": "none"}, ValueError, "gradients must be one of 'surrogate', 'reference', got 'none'"),
+    ({"gradients": "none"}, ValueError, "gradients must be one of 'surrogate', 'log', 'reference', got 'none'"),
     ({"num_out_chn": 0}, ValueError, "num_out_chn must be an integer of at least 1, got 0"),
     ({"num_out_chn": 1.0}, TypeError, "num_out_chn must be an integer of at least 1, got 1.0"),
     ({"activation": "softmax"}, ValueError, "num_out_chn must be an integer of at least 2, got 1"),

@@ -167,7 +167,7 @@ def operator_arguments(device, backend):
         "number_instances": (maps[2].long() * 2**40, 0, 36),
         "sum_instances": sum_instances,
         "evaluate": evaluate,
-        "evaluate_backward": (*backward, ops.OF_MEAN, False),
+        "evaluate_backward": (*backward, ops.OF_LOGARITHM, False),
         "center_volumes": (geometry, counts, [5, 6, 7], [1, 2, 3]),
     }
 
@@ -232,7 +232,7 @@ def test_compiles_whole_without_a_gradient(backend):
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_compiles_for_several_shapes(dynamic):
     torch.compiler.reset()
-    loss = WeightedSum(InstanceLoss())
+    loss = WeightedSum(InstanceLoss(rate_instead_number=True))
     compiled = torch.compile(loss, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     for shape in ((8, 9, 7), (10, 12, 6), (5, 5, 5)):
         outputs, labels = batch(shape=shape)

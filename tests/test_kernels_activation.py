@@ -82,15 +82,38 @@ def test_the_threshold_is_rounded_to_the_dtype_of_x():
         ([0.0, 1.0, -1.0, 1 + 2**-52, 0.5, INF, NAN], torch.float64),
     ],
 )
-def test_labels_are_where_they_are_one(values, dtype):
+def test_labels_are_where_they_are_above_a_half(values, dtype):
     labels = line(values, dtype)
-    assert masks(torch.zeros_like(labels, dtype=torch.float32), labels, SIGMOID, 0.5)[1] == [v == 1 for v in values]
+    assert masks(torch.zeros_like(labels, dtype=torch.float32), labels, SIGMOID, 0.5)[1] == [v > 0.5 for v in values]
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype", "broken"),
+    [
+        (True, torch.bool, False),
+        (2, torch.uint8, True),
+        (-1, torch.int8, True),
+        (2**32 + 1, torch.int64, True),
+        (1.5, torch.float32, False),
+        (-0.5, torch.float32, False),
+        (1.5 + 2**-22, torch.float32, True),
+        (-0.5 - 2**-52, torch.float64, True),
+        (INF, torch.float32, True),
+        (NAN, torch.float64, True),
+    ],
+)
+def test_health_sees_labels_that_are_no_mask(value, dtype, broken):
+    for shape in SHAPES:
+        labels = torch.zeros(shape, dtype=dtype, device=DEVICE)
+        labels.view(-1)[-1] = value
+        health = activate(torch.zeros(shape, device=DEVICE), labels, NONE, 0.5, RAW, 0)[3]
+        assert health.isnan() == broken
 
 
 @pytest.mark.parametrize(
     ("code", "pixel", "quantity", "expected"),
     [
-        # x = 0, 0.5, 2 and labels 1, 0, 3: y = 1, 0, 0; without activation at 0.5 the foreground is 0, 1, 1
+        # x = 0, 0.5, 2 and labels 1, 0, 3: y = 1, 0, 1; without activation at 0.5 the foreground is 0, 1, 1
         (NONE, RAW, 0, [6.0, 2.5, 4.0]),
         (NONE, RAW, 1, [6.0, 4.25, 10.0]),
         (NONE, RAW, 2, [6.0, 1.0 + 0.5 + 1.0, 4.0]),
@@ -99,8 +122,8 @@ def test_labels_are_where_they_are_one(values, dtype):
         (GIVEN, HARD, 1, [3.0, 2.0, 10.0]),
         (GIVEN, HARD, 2, [3.0, 1.0 + 1.0 + 2.0, 4.0]),
         (NONE, HARD, 3, [3.0, 1.0 + 1.0 + 4.0, 4.0]),
-        (GIVEN, PROBABILITY, 1, [0.0, 4.25, 1.0]),
-        (NONE, PROBABILITY, 3, [0.0, 1.0 + 0.25 + 4.0, 1.0]),
+        (GIVEN, PROBABILITY, 1, [2.0, 4.25, 2.0]),
+        (NONE, PROBABILITY, 3, [2.0, 1.0 + 0.25 + 1.0, 2.0]),
         (NONE, NOT_FUSED, 3, [0.0, 0.0, 0.0]),
     ],
 )
@@ -115,7 +138,7 @@ def test_sums_of_a_sigmoid_drawn():
     # sigmoid(0) = 1/2, and sigmoid(log 3) = 3/4
     x = line([0.0, math.log(3), -math.log(3)], torch.float64)
     labels = line([1, 1, 2], torch.uint8)
-    expected = {PROBABILITY: [1.25, 0.25 + 0.0625 + 0.0625, 2.0], HARD: [2.0, 0.0 + 0.0 + 4.0, 4.0]}
+    expected = {PROBABILITY: [1.5, 0.25 + 0.0625 + 0.5625, 3.0], HARD: [2.0, 0.0 + 0.0 + 4.0, 4.0]}
     for pixel, sums in expected.items():
         ours = activate(x, labels, SIGMOID, 0.5, pixel, 3)[2]
         assert ours.tolist() == [pytest.approx(sums, rel=1e-15)]
@@ -136,7 +159,7 @@ def test_health_sees_one_broken_voxel(value, pixel):
 def test_health_of_the_largest_values_is_one(dtype):
     x = torch.full((2, 3, 5, 7), torch.finfo(dtype).max, dtype=dtype, device=DEVICE)
     for code in (NONE, SIGMOID, GIVEN):
-        assert activate(x, x, code, 0.5, RAW, 1)[3].tolist() == 1.0
+        assert activate(x, torch.zeros_like(x), code, 0.5, RAW, 1)[3].tolist() == 1.0
 
 
 def test_activate_without_voxels():
@@ -156,7 +179,7 @@ def plain_activate(x, labels, code, threshold, pixel, quantity):
     """What the operator gives, and each voxel's part of the sums, (B, 3, D, H, W) float64."""
     p = torch.sigmoid(x) if code == SIGMOID else x
     foreground = x == 1 if code == NONE and threshold <= 0 else p >= threshold
-    y = labels == 1
+    y = labels > 0.5
     if pixel == NOT_FUSED:
         parts = torch.zeros((x.shape[0], 3, *x.shape[1:]), dtype=torch.float64, device=x.device)
     else:
@@ -174,7 +197,8 @@ def assert_activate(x, labels, code, threshold, pixel, quantity):
     assert ours[2].is_contiguous()
     error = (ours[2] - parts.sum((2, 3, 4))).abs()
     assert bool((error <= ERRORS[x.dtype] * parts.abs().sum((2, 3, 4))).all())
-    assert_same(ours[3:], [torch.ones((), dtype=torch.float64, device=DEVICE)])
+    healthy = bool(((labels >= -0.5) & (labels <= 1.5)).all())
+    assert_same(ours[3:], [torch.tensor(1.0 if healthy else NAN, dtype=torch.float64, device=DEVICE)])
 
 
 def random_volumes(shape, dtype, label_dtype, seed=0):

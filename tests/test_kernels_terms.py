@@ -126,6 +126,14 @@ def random_case(seed=0):
     return sums, counts, geometry, whole(8, ROWS, 2), distances, values, numbers
 
 
+def with_mistakes(grad, slopes, grads):
+    """Gradients of the sums with those of false and missed instances, which the operator leaves to the next one."""
+    table, *rest = grads
+    of_mistakes = grad[[ops.FALSE_INSTANCES, ops.MISSED_INSTANCES]].repeat_interleave(len(table) // 2)
+    table[..., ops.MASS] += of_mistakes[:, None] * slopes[..., ops.BY_FALSE]
+    return [table, *rest]
+
+
 def assert_terms(case, reduction, rates, classes=1, totals=None):
     """Terms and gradients against the plain statement."""
     sums, counts, geometry, owned, distances, values, numbers = case
@@ -139,7 +147,7 @@ def assert_terms(case, reduction, rates, classes=1, totals=None):
     grad = torch.linspace(0.5, 2.0, 7, dtype=torch.float64, device=DEVICE)
     *plain, by_rest = torch.autograd.grad(expected, [*leaves, beyond], grad, materialize_grads=True)
     plain[1] = torch.cat((plain[1][:, : ops.SAMPLE_GRADIENT_COLUMNS], by_rest[:, None]), 1)
-    grads = list(terms.launch_terms_backward(grad, *slopes, counts, True, True))
+    grads = with_mistakes(grad, slopes[0], terms.launch_terms_backward(grad, *slopes, counts, True, True))
     present = counts[[0, 2]]
     grads[0], plain[0] = used(grads[0], present), used(plain[0], present)
     for result, table in zip(grads, plain, strict=True):
@@ -220,7 +228,9 @@ def test_terms_drawn():
 
     only = torch.zeros(7, dtype=torch.float64, device=DEVICE)
     only[ops.FALSE_INSTANCES] = only[ops.MISSED_INSTANCES] = 1
-    grads, grad_sample, grad_pixel = terms.launch_terms_backward(only, *slopes, counts, True, True)
+    grads = terms.launch_terms_backward(only, *slopes, counts, True, True)
+    assert not grads[0].any()
+    grads, grad_sample, grad_pixel = with_mistakes(only, slopes[0], grads)
     assert grads[0].tolist() == [[0, 0, 0], [pytest.approx(1 / 3), 0, 0]]
     assert grads[1].tolist() == [[0, 0, 0], [pytest.approx(-1 / 5), 0, 0]]
     assert (grad_sample.tolist(), grad_pixel.tolist()) == ([[0, 0, 1]], [[0, 0]])

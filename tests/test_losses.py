@@ -86,8 +86,8 @@ def test_signature_is_the_published_one_and_ours():
         "reduce_segmentation": "mean",
         "instance_wise_reduce": "instance",
         "num_iterations": None,
-        "segmentation_threshold": 0.5,
-        "max_cc_out": 50,
+        "segmentation_threshold": None,
+        "max_cc_out": 4096,
         "mul_too_many": 50,
         "min_instance_size": 0,
         "centroid_offset": 3,
@@ -182,7 +182,7 @@ class TestWeightedSum:
         def fail(*_):
             raise AssertionError("called")
 
-        loss = InstanceLoss(fail, None, fail)
+        loss = InstanceLoss(fail, None, fail, rate_instead_number=True)
         outputs, labels = random_batch("cpu")
         WeightedSum(loss, pixel=0, center=0)(outputs, labels).backward()
 

@@ -88,7 +88,8 @@ def test_terms_and_weights(recipe):
 def test_ramp_up(recipe):
     variables, printed = recipe("Ramp-up")
     loss, full = variables["loss"], variables["full"]
-    assert loss.weights == {name: weight / (1 if name == "pixel" else 2) for name, weight in full.items()}
+    half = {name: weight / (1 if name == "pixel" else 2) for name, weight in full.items()}
+    assert loss.weights == variables["resumed"].weights == half
     assert "'center': 0.125" in printed[0]
     for epoch, names in ((4, {"pixel"}), (100, {name for name, weight in full.items() if weight})):
         variables["set_weights"](epoch)

@@ -90,7 +90,7 @@ def check_and_widen(
         options.check_ignoring()
         outputs, labels = outputs.masked_fill(ignored, 0.0), labels.masked_fill(ignored, 0)
     if checks.debugging(labels) and not options.to_onehot_y:
-        checks.mask("labels", labels)
+        checks.mask("labels", labels, checks.LABEL_ADVICE)
     return Given(outputs, labels, ids, ignored)
 
 

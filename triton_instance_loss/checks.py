@@ -1,18 +1,50 @@
 """Every check of arguments, with one wording: the argument, its value, and what is allowed."""
 
 import math
+import numbers
 import os
 import warnings
-from collections.abc import Collection
-from typing import Any
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, NoReturn, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 DEBUG_VARIABLE = "TRITON_INSTANCE_LOSS_DEBUG"
 MAX_VOXELS = 2**31 - 1
+LABEL_ADVICE = (
+    "If they are a mask of 0 and 255, give labels == 255; if class numbers, say to_onehot_y=True; if numbers of "
+    "instances, give labels > 0, and the numbers as cc_label_batch. For voxels without a label there are ignore_index "
+    "and ignore_mask."
+)
 MAX_SAMPLES = 2**15 - 1  # outputs and labels are labelled together, and a CUDA grid has 65535 places for samples
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+DEVICES = ("cpu", "cuda")
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def plain(value: Any) -> Any:
+    """A number, flag or sequence as plain Python has it, whatever type it came in; anything else as it is.
+
+    So options of NumPy or a configuration have a JSON form, copies and a `repr` like all others, and compile.
+    """
+    if value is None or type(value) in (int, float, bool, str):  # what it nearly always is, and the compiler follows
+        return value
+    if type(value) in (tuple, list):
+        return tuple([plain(each) for each in value])
+    if isinstance(value, np.ndarray):
+        return plain(value.tolist())
+    if isinstance(value, np.bool_):
+        return bool(value)
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if isinstance(value, numbers.Real):
+        return float(value)
+    if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
+        return tuple([plain(each) for each in value])
+    return value
 
 
 def choice(name: str, value: Any, allowed: Collection[str]) -> None:
@@ -21,18 +53,24 @@ def choice(name: str, value: Any, allowed: Collection[str]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
 
 
-def integer(name: str, value: Any, minimum: int) -> None:
-    """`value` must be a whole number of at least `minimum`."""
+def integer(name: str, value: Any, minimum: int) -> int:
+    """`value` must be a whole number of at least `minimum`; gives it as a plain int."""
+    value = plain(value)
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an integer of at least {minimum}, got {value!r}.")
     if value < minimum:
         raise ValueError(f"{name} must be an integer of at least {minimum}, got {value!r}.")
+    return value
 
 
 def number(
     name: str, value: Any, minimum: float = -math.inf, maximum: float = math.inf, *, above_minimum: bool = False
-) -> None:
-    """`value` must be a finite number in [minimum, maximum], or in (minimum, maximum] with `above_minimum`."""
+) -> float:
+    """`value` must be a finite number in [minimum, maximum], or in (minimum, maximum] with `above_minimum`.
+
+    Gives it as a plain int or float.
+    """
+    value = plain(value)
     low = "" if minimum == -math.inf else f" {'above' if above_minimum else 'of at least'} {minimum:g}"
     high = "" if maximum == math.inf else f"{' and' if low else ''} of at most {maximum:g}"
     allowed = f"a finite number{low}{high}"
@@ -40,8 +78,10 @@ def number(
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be {allowed}, got {value!r}.")
     too_low = value <= minimum if above_minimum else value < minimum
-    if not math.isfinite(value) or too_low or value > maximum:
+    # (no math.isfinite: the compiler does not follow it where a number may change between calls)
+    if not -math.inf < value < math.inf or too_low or value > maximum:
         raise ValueError(f"{name} must be {allowed}, got {value!r}.")
+    return value
 
 
 def channels(name: str, value: Any, count: int) -> None:
@@ -62,10 +102,12 @@ def process_group(name: str, value: Any) -> None:
         raise TypeError(f'{name} must be None, "world" or a torch.distributed.ProcessGroup, got {value!r}.')
 
 
-def flag(name: str, value: Any) -> None:
-    """`value` must be True or False."""
+def flag(name: str, value: Any) -> bool:
+    """`value` must be True or False; gives it as a plain bool."""
+    value = plain(value)
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {value!r}.")
+    return value
 
 
 def criterion(name: str, value: Any) -> None:
@@ -83,10 +125,48 @@ def scalar(name: str, value: Any) -> Tensor:
     return value
 
 
+def not_scriptable(function: _Function) -> _Function:
+    """`function` as it is, with an error of ours in `torch.jit.script`."""
+    function.__dict__["__prepare_scriptable__"] = refuse_script
+    return function
+
+
+def refuse_script() -> NoReturn:
+    """What `torch.jit.script` calls before it looks at anything."""
+    raise NotImplementedError(
+        "torch.jit.script of the losses, metrics and components is not supported: script the network without them, or "
+        "use torch.compile."
+    )
+
+
+def untransformed(name: str, value: Tensor) -> None:
+    """No transform of torch stands between `value` and its numbers, which the operators work on."""
+    if torch.compiler.is_compiling():  # where torch reports what the operators can't do
+        return
+    if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        raise NotImplementedError(
+            f"{name} is traced by torch.jit.trace, which is not supported: a trace keeps what hangs on this one input. "
+            "Trace the network without the loss, or use torch.compile."
+        )
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(value).tangent is not None:
+        raise NotImplementedError(
+            f"{name} has a tangent of forward-mode differentiation (jvp), which is not supported: use backward, or "
+            "torch.func.grad or vjp."
+        )
+    while torch._C._functorch.is_functorch_wrapped_tensor(value):
+        if torch._C._functorch.is_batchedtensor(value):
+            raise NotImplementedError(
+                f"{name} has an axis of torch.vmap, which is not supported: give it as the first axis of one call, "
+                "(B, N, *spatial), or call once for each in a loop."
+            )
+        value = torch._C._functorch.get_unwrapped(value)
+
+
 def tensor(name: str, value: Any) -> None:
-    """`value` must be a dense tensor of a real dtype."""
+    """`value` must be a dense tensor of a real dtype, outside of transforms that the operators do not take part in."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}.")
+    untransformed(name, value)
     if value.layout != torch.strided:
         raise TypeError(f"{name} must be a dense tensor, got layout {value.layout}.")
     if value.dtype.is_complex:
@@ -100,6 +180,8 @@ def volume(name: str, value: Tensor, spatial_dims: int, num_classes: int = 1) ->
 
     Each of `num_classes` of a sample is labelled like a sample.
     """
+    if value.device.type not in DEVICES:
+        raise ValueError(f"{name} must be on the CPU or a CUDA device, got {value.device}; move it there first.")
     axes = "(B, N, H, W)" if spatial_dims == 2 else "(B, N, H, W, D)"
     if value.ndim != spatial_dims + 2:
         raise ValueError(
@@ -195,22 +277,18 @@ def component_ids(ids: Tensor) -> None:
         outside = (ids != ids.trunc()) | (ids >= 2.0**63)
         broken = ids[outside].flatten()[0] if bool(outside.any()) else None
     if broken is not None:
-        raise ValueError(
-            f"cc_label_batch must hold whole numbers >= 0 and below 2^63, got {broken.item()!r} among them."
-        )
+        raise ValueError(f"cc_label_batch must hold whole numbers >= 0, got {broken.item()!r} among them.")
 
 
-def mask(name: str, values: Tensor) -> None:
-    """`values` are 0 or 1, or close enough to be meant as that (SPEC section 1)."""
+def mask(name: str, values: Tensor, advice: str) -> None:
+    """`values` are 0 or 1, or close enough to be meant as that."""
     if values.dtype == torch.bool:
         return
     low, high = (value.item() for value in torch.aminmax(values))
     if not (low >= -0.5 and high <= 1.5):
         raise ValueError(
             f"{name} must be 0 or 1 (from -0.5 to 1.5; foreground above 0.5), got {_unlike(low, high, 1.5)!r} among "
-            f"them. If they are a mask of 0 and 255, give {name} == 255; if class numbers, say to_onehot_y=True; if "
-            f"numbers of instances, give {name} > 0, and the numbers as cc_label_batch. For voxels without a label "
-            "there are ignore_index and ignore_mask."
+            f"them. {advice}"
         )
 
 
@@ -235,8 +313,10 @@ def _unlike(low: float, high: float, most: float) -> float:
 
 def logits(outputs: Tensor, activation: str, ignored: Tensor | None) -> str | None:
     """What to say of outputs that look like probabilities or a mask where logits are expected; None if nothing."""
-    # A few outputs are looked at first: any of a network that is below 0 tells, and then all is well.
-    if activation == "none" or not debugging(outputs) or not _in_unit_interval(outputs[0, 0, 0].reshape(-1)[:1024]):
+    # One output, then a few are looked at first: any of a network that is below 0 tells, and then all is well.
+    if activation == "none" or not debugging(outputs) or not 0 <= outputs[(0,) * outputs.ndim].item() <= 1:
+        return None
+    if not _in_unit_interval(outputs[0, 0, 0].reshape(-1)[:1024]):
         return None
     if not _in_unit_interval(outputs) or (ignored is not None and bool(ignored.all())):
         return None

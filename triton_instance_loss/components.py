@@ -33,6 +33,7 @@ def connected_components(
 ) -> tuple[Tensor, Tensor]: ...
 
 
+@checks.not_scriptable
 def connected_components(
     mask: Tensor, num_iterations: int | None = None, *, relabel: bool = False
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -52,9 +53,11 @@ def connected_components(
 
     Raises:
         TypeError: `mask` is no dense tensor of a real dtype; `num_iterations` is no integer; `relabel` is no bool.
-        ValueError: `mask` has another shape, another number of channels, no voxel, or more than 2^31 - 1 a sample;
-            `num_iterations` is below 1; `mask` holds a value outside [-0.5, 1.5] (looked for on the CPU always, on CUDA
-            if the environment variable TRITON_INSTANCE_LOSS_DEBUG is 1).
+        ValueError: `mask` has another shape, another number of channels, no voxel, or more than 2^31 - 1 a sample,
+            or is on another device than the CPU or CUDA; `num_iterations` is below 1; `mask` holds a value outside
+            [-0.5, 1.5] (looked for on the CPU always, on CUDA if the environment variable TRITON_INSTANCE_LOSS_DEBUG is
+            1).
+        NotImplementedError: Under torch.vmap, torch.jit.trace or torch.jit.script.
 
     Note:
         Deterministic on every device. Not differentiable.
@@ -73,11 +76,11 @@ def connected_components(
     if mask.shape[1] != 1:
         raise ValueError(f"mask must have one channel, (B, 1, *spatial), got {tuple(mask.shape)}.")
     if num_iterations is not None:
-        checks.integer("num_iterations", num_iterations, 1)
-    checks.flag("relabel", relabel)
+        num_iterations = checks.integer("num_iterations", num_iterations, 1)
+    relabel = checks.flag("relabel", relabel)
     values = widen(unwrap(mask).detach())
     if checks.debugging(values):
-        checks.mask("mask", values)
+        checks.mask("mask", values, "Of a mask of 0 and 255, or numbers of instances, give mask > 0.")
     volume = to_volume(values) > 0.5
     if not relabel:
         ids: Tensor = ops.components(volume, num_iterations or 0)

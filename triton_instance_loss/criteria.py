@@ -9,11 +9,14 @@ evaluated, with its derivative, from the sums of all instances at once. Any othe
 full volumes: the same result, slowly, after one warning.
 """
 
+import functools
+import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -148,6 +151,107 @@ def refuse_cross_entropy(name: str, loss: Callable[..., Any] | None, smoother: f
     if form is not None and form.code == quantities.CROSS_ENTROPY:
         kind = type(loss).__name__
         raise ValueError(f"{name} must take values of 1 + smoother ({1 + smoother!r}); {kind} ends at 1.")
+
+
+# Losses, and functions, that take logits whatever their options; subclasses too.
+_OF_LOGITS = {
+    "torch.nn.modules.loss.BCEWithLogitsLoss",
+    "torch.nn.modules.loss.CrossEntropyLoss",
+    "torch.nn.modules.loss.MultiLabelSoftMarginLoss",
+    "torch.nn.modules.loss.SoftMarginLoss",
+    "torch.nn.functional.binary_cross_entropy_with_logits",
+    "torch.nn.functional.cross_entropy",
+    "torch.nn.functional.multilabel_soft_margin_loss",
+    "torch.nn.functional.soft_margin_loss",
+    "torchvision.ops.focal_loss.sigmoid_focal_loss",
+    "monai.losses.dice.DiceCELoss",
+    "monai.losses.dice.DiceFocalLoss",
+    "monai.losses.dice.GeneralizedDiceFocalLoss",
+    "monai.losses.dice.GeneralizedWassersteinDiceLoss",
+    "monai.losses.focal_loss.FocalLoss",
+    "monai.losses.focal_loss.sigmoid_focal_loss",
+    "monai.losses.focal_loss.softmax_focal_loss",
+    "monai.losses.nacl_loss.NACLLoss",
+    "segmentation_models_pytorch.losses.focal.FocalLoss",
+    "segmentation_models_pytorch.losses.soft_bce.SoftBCEWithLogitsLoss",
+    "segmentation_models_pytorch.losses.soft_ce.SoftCrossEntropyLoss",
+}
+# Options that make a loss activate what it is given: of MONAI, nnU-Net, segmentation_models_pytorch, mmsegmentation.
+_FLAGS = ("sigmoid", "softmax", "pre_sigmoid", "pre_softmax", "from_logits", "use_sigmoid", "use_softmax")
+_FUNCTIONS = ("other_act", "apply_nonlin")
+_ACTIVATIONS = (
+    torch.nn.Sigmoid,
+    torch.nn.LogSigmoid,
+    torch.nn.Softmax,
+    torch.nn.Softmax2d,
+    torch.nn.LogSoftmax,
+)
+
+
+def refuse_activation(name: str, loss: Callable[..., Any] | None) -> None:
+    """A criterion of instances or centres sees activated volumes, so it must not activate them once more.
+
+    What a fused form was registered for is not looked into, nor what a plain function does.
+    """
+    found = None if loss is None else _activating(loss, set())
+    if found is not None:
+        part, what, instead = found
+        what = what if part is loss else f"{what} in {_kind(loss)}"
+        raise ValueError(
+            f"{name} must be a loss of volumes that are activated already (0 and 1, or probabilities), but {what} "
+            f"activates them again, and then a perfect output has a loss too: {instead}."
+        )
+
+
+def _activating(loss: Any, seen: set[int]) -> tuple[Any, str, str] | None:
+    """What activates in `loss`, or is `loss`, how to call it and what to do instead; None if nothing is known to."""
+    if id(loss) in seen or isinstance(loss, type) or not callable(loss) or fused_form(loss) is not None:
+        return None
+    seen.add(id(loss))
+    kind, held = _kind(loss), _held(loss)
+    if not _OF_LOGITS.isdisjoint((_qualified_name(loss), *map(_type_name, type(loss).__mro__))):
+        return loss, kind, "take a loss of probabilities instead, such as DiceLoss()"
+    for option in (*_FLAGS, *_FUNCTIONS):
+        value = held.get(option)
+        flag = option in _FLAGS and isinstance(value, (int, np.bool_)) and value
+        if flag or (option in _FUNCTIONS and callable(value) and not isinstance(value, torch.nn.Identity)):
+            without = "from_logits=False" if option == "from_logits" else ""
+            setting = f"{option.removeprefix('pre_')}={getattr(value, '__name__', value)}"
+            return loss, f"{kind}({setting})", f"leave the activation out: {kind}({without})"
+    for each in held.values():
+        # (in a network, which has parameters, it is a layer like any other)
+        if isinstance(each, _ACTIVATIONS) and not (isinstance(loss, torch.nn.Module) and any(loss.parameters())):
+            return each, _kind(each), "leave the activation out"
+        several = each.values() if isinstance(each, Mapping) else each if isinstance(each, (list, tuple)) else (each,)
+        for part in several:
+            found = _activating(part, seen)
+            if found is not None:
+                return found
+    return None
+
+
+def _held(loss: Any) -> dict[str, Any]:
+    """Options and parts of a criterion, by name."""
+    if isinstance(loss, functools.partial):
+        return {**loss.keywords, "func": loss.func, "args": loss.args}
+    if inspect.ismethod(loss):
+        return {"__self__": loss.__self__}
+    of_type = {option: getattr(type(loss), option, None) for option in _FLAGS}
+    held: dict[str, Any] = {option: value for option, value in of_type.items() if isinstance(value, bool)}  # no methods
+    held.update(getattr(loss, "__dict__", {}))
+    held.update(held.pop("_modules", {}))
+    return held
+
+
+def _kind(loss: Any) -> str:
+    """The name of a criterion in messages."""
+    if isinstance(loss, functools.partial):
+        return f"partial of {_kind(loss.func)}"
+    return str(getattr(loss, "__name__", type(loss).__name__))
+
+
+def _qualified_name(function: Any) -> str:
+    return f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', '')}"
 
 
 class DiceLoss(torch.nn.Module):

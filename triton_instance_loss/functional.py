@@ -18,10 +18,18 @@ from .activation import (
     to_activate,
     to_compare,
 )
-from .criteria import DICE, DICE_FORM, FusedCriterion, fused_form, refuse_cross_entropy, warn_if_slow
+from .criteria import (
+    DICE,
+    DICE_FORM,
+    FusedCriterion,
+    fused_form,
+    refuse_activation,
+    refuse_cross_entropy,
+    warn_if_slow,
+)
 from .instances import Found, find, instances_of_all
 from .options import Options
-from .terms import TERMS, FusedTerms, request
+from .terms import TERMS, apply, request
 
 Criterion = Callable[..., Any]
 
@@ -130,7 +138,7 @@ def _evaluate(
         health = found.health
         if looked_at is not x:  # after a softmax, infinity no longer shows
             health = health * health_of(looked_at, truth)
-        terms, total, *_ = FusedTerms.apply(  # type: ignore[no-untyped-call]
+        terms, total, *_ = apply(
             carrier, values, None if x is carrier else x.detach(), truth, health,
             instances_of_all(found.counts, options), wanted, weights, found.counts, found.geometry, found.pixel_sums,
             *found.sites, found.pairs,
@@ -140,7 +148,8 @@ def _evaluate(
 
 def _say_what_is_capped(found: Found, options: Options) -> None:
     """Warn once where `max_cc_out` leaves out outputs, if looking is free."""
-    if options.max_cc_out == 0 or not checks.debugging(found.counts):
+    most = found.geometry.shape[1] + found.sites[1].shape[1]  # outputs in a sample
+    if options.max_cc_out == 0 or most <= options.max_cc_out or not checks.debugging(found.counts):
         return
     outputs, kept, _ = found.counts.cpu().numpy()
     if outputs.max() <= options.max_cc_out:
@@ -190,6 +199,7 @@ def _pixel(
     return checks.scalar("loss_function_pixel", criterion(outputs, given.labels.to(outputs.dtype)))
 
 
+@checks.not_scriptable
 def instance_segmentation_loss(
     outputs: Tensor,
     labels: Tensor,
@@ -220,7 +230,9 @@ def instance_segmentation_loss(
 
     Raises:
         TypeError: An argument has the wrong type (an unknown option, integer or complex `outputs`, ...).
-        ValueError: An option or shape is not allowed, or the tensors do not fit each other.
+        ValueError: An option or shape is not allowed, the tensors do not fit each other, or `criterion` activates by
+            itself.
+        NotImplementedError: Under torch.vmap, torch.jit.trace or torch.jit.script.
 
     Note:
         Deterministic as `InstanceLoss` is. Boxes and the choice of instances are not differentiated. A sample without
@@ -243,6 +255,7 @@ def instance_segmentation_loss(
     return values["instance_label"], values["instance_output"]
 
 
+@checks.not_scriptable
 def instance_center_loss(
     outputs: Tensor,
     labels: Tensor,
@@ -271,7 +284,9 @@ def instance_center_loss(
 
     Raises:
         TypeError: An argument has the wrong type.
-        ValueError: An option or shape is not allowed, or the tensors do not fit each other.
+        ValueError: An option or shape is not allowed, the tensors do not fit each other, or `criterion` activates by
+            itself.
+        NotImplementedError: Under torch.vmap, torch.jit.trace or torch.jit.script.
 
     Note:
         The place of a box has no derivative. With `gradients="surrogate"` the height of the box of output O_i has the
@@ -294,6 +309,7 @@ def instance_center_loss(
     return values["center"]
 
 
+@checks.not_scriptable
 def false_instance_rate_loss(
     outputs: Tensor,
     labels: Tensor,
@@ -321,6 +337,7 @@ def false_instance_rate_loss(
     Raises:
         TypeError: An argument has the wrong type.
         ValueError: An option or shape is not allowed, or the tensors do not fit each other.
+        NotImplementedError: Under torch.vmap, torch.jit.trace or torch.jit.script.
 
     Note:
         Counts have no derivative. With `gradients="surrogate"` a false output has that of the mean of a over it, and a
@@ -342,6 +359,7 @@ def false_instance_rate_loss(
     return values["false_instances"], values["missed_instances"]
 
 
+@checks.not_scriptable
 def instance_proximity_loss(
     outputs: Tensor,
     labels: Tensor,
@@ -370,7 +388,9 @@ def instance_proximity_loss(
 
     Raises:
         TypeError: An argument has the wrong type.
-        ValueError: An option or shape is not allowed, or the tensors do not fit each other.
+        ValueError: An option or shape is not allowed, the tensors do not fit each other, or `criterion` activates by
+            itself.
+        NotImplementedError: Under torch.vmap, torch.jit.trace or torch.jit.script.
 
     Note:
         DIoU is a constant: the gradient goes through the instance values.
@@ -392,6 +412,7 @@ def instance_proximity_loss(
 
 def _checked(criterion: Criterion | None, name: str, options: dict[str, Any], *, slow_matters: bool) -> Options:
     checks.criterion(name, criterion)
+    refuse_activation(name, criterion)
     if slow_matters and criterion is not None:
         warn_if_slow(name, criterion)
     return Options(**options)

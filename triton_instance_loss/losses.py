@@ -1,8 +1,10 @@
 """The losses: `InstanceLoss`, `InstanceCenterLoss`, and `WeightedSum` that makes one number of their terms."""
 
 import dataclasses
+import difflib
+import warnings
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, NoReturn
 
 from torch import Tensor
 from torch.nn.modules.loss import _Loss
@@ -92,7 +94,11 @@ class _Family(_Loss):
             ignore_index=ignore_index,
             process_group=process_group,
         )
-        self._set_criteria(loss_function_pixel, loss_function_instance, loss_function_center)
+        self._set_criteria(
+            loss_function_pixel=loss_function_pixel,
+            loss_function_instance=loss_function_instance,
+            loss_function_center=loss_function_center,
+        )
 
     def forward(
         self,
@@ -150,17 +156,19 @@ class _Family(_Loss):
     def edit_parameters(self, **changes: Any) -> None:
         """Change any of the arguments of the class, with the same checks; nothing changes if one is not allowed.
 
+        `loss.max_cc_out = 100` does the same for one of them.
+
         Raises:
             TypeError: An unknown argument, or a value of the wrong type.
             ValueError: A value that is not allowed.
         """
-        chosen = {name: changes.pop(name) if name in changes else getattr(self, name) for name in CRITERIA}
+        chosen = {name: changes.pop(name) for name in CRITERIA if name in changes}
         unknown = sorted(set(changes) - set(NAMES))
         if unknown:
             allowed = ", ".join((*CRITERIA, *NAMES))
             raise TypeError(f"edit_parameters got unknown {', '.join(map(repr, unknown))}; allowed: {allowed}.")
         options = dataclasses.replace(self.options, **changes)
-        self._set_criteria(*chosen.values(), options=options)
+        self._set_criteria(**chosen)
         self.options = options
 
     def print_parameters(self) -> None:
@@ -174,16 +182,18 @@ class _Family(_Loss):
     def _parameters_in_use(self) -> list[tuple[str, Any]]:
         return [(name, getattr(self, name)) for name in (*CRITERIA, *NAMES)]
 
-    def _set_criteria(self, *chosen: Criterion | None, options: Options | None = None) -> None:
-        options = options or self.options
-        for name, criterion in zip(CRITERIA, chosen, strict=True):
+    def _set_criteria(self, **chosen: Criterion | None) -> None:
+        for name, criterion in chosen.items():
             checks.criterion(name, criterion)
-        _, instance, center = chosen
-        criteria.refuse_cross_entropy("loss_function_center", center, options.smoother)
+            if name != "loss_function_pixel":  # which sees the outputs as they are
+                criteria.refuse_activation(name, criterion)
+        criteria.refuse_cross_entropy("loss_function_center", chosen.get("loss_function_center"), self.options.smoother)
+        instance = chosen.get("loss_function_instance")
         if instance is not None and instance is not getattr(self, "loss_function_instance", None):
             criteria.warn_if_slow("loss_function_instance", instance)
-        for name, criterion in zip(CRITERIA, chosen, strict=True):
-            setattr(self, name, criterion)
+        for name, criterion in chosen.items():
+            self._modules.pop(name, None)  # a function may take the place of a module
+            super().__setattr__(name, criterion)  # type: ignore[arg-type]
 
     def __getattr__(self, name: str) -> Any:
         # Options read like attributes, as in the published classes: loss.max_cc_out.
@@ -195,8 +205,22 @@ class _Family(_Loss):
     def __setattr__(self, name: str, value: Any) -> None:
         if name in NAMES:
             self.options = dataclasses.replace(self.options, **{name: value})
+        elif name in CRITERIA:
+            self._set_criteria(**{name: value})
         else:
+            # Modules may be given any attribute, but not one that is nearly an option, which would do nothing.
+            ours = type(self) in (InstanceLoss, InstanceCenterLoss)  # a subclass may have some of its own
+            if ours and not name.startswith("_") and not hasattr(self, name):
+                meant = difflib.get_close_matches(name, (*CRITERIA, *NAMES), n=1, cutoff=0.8)
+                if meant:
+                    allowed = ", ".join((*CRITERIA, *NAMES))
+                    raise AttributeError(
+                        f"{type(self).__name__} has no option {name!r}; did you mean {meant[0]!r}? Allowed: {allowed}."
+                    )
             super().__setattr__(name, value)
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        checks.refuse_script()
 
 
 class InstanceLoss(_Family):
@@ -220,10 +244,11 @@ class InstanceLoss(_Family):
     Args:
         loss_function_pixel: the loss of the pixel term, on the raw `outputs` and `labels` (widened; with "softmax" on
             the activated output). None: Dice on the activated probabilities.
-        loss_function_instance: the loss of two volumes (1, 1, *spatial) behind the instance terms. None: Dice. MONAI's
+        loss_function_instance: the loss of two volumes (1, 1, *spatial) behind the instance terms. None: Dice. The
+            volumes are activated, so it must not do that itself: `DiceLoss()`, not `DiceLoss(sigmoid=True)`. MONAI's
             DiceLoss and TverskyLoss, torch's MSELoss, L1Loss and BCELoss, and what `criteria.register_criterion` was
             told are evaluated from sums; any other loss volume by volume, slowly, after one warning.
-        loss_function_center: the loss of the two volumes of centre boxes. None: Dice.
+        loss_function_center: the loss of the two volumes of centre boxes, likewise. None: Dice.
         activation: "sigmoid" and "softmax" make the output 0 or 1 (and pass the derivative of the probability);
             "none" takes it as it is.
         num_out_chn: channels N of `outputs`; at least 2 for "softmax".
@@ -263,10 +288,13 @@ class InstanceLoss(_Family):
     Raises:
         TypeError: An argument of the wrong type; a criterion that is not callable or returns no tensor; integer or
             complex `outputs`.
-        ValueError: An option that is not allowed; shapes, devices or channels that do not fit; no voxel, or more than
-            2^31 - 1 a sample; a criterion that returns more than one number; a negative or fractional id (looked for
-            on the CPU always, on CUDA if the environment variable TRITON_INSTANCE_LOSS_DEBUG is 1).
+        ValueError: An option that is not allowed; a criterion of instances or centres that activates what it is given;
+            shapes, devices or channels that do not fit; tensors on another device than the CPU or CUDA; no voxel, or
+            more than 2^31 - 1 a sample; a criterion that returns more than one number; a negative or fractional id
+            (looked for on the CPU always, on CUDA if the environment variable TRITON_INSTANCE_LOSS_DEBUG is 1).
         RuntimeError: A CUDA tensor where Triton is missing; a second derivative.
+        NotImplementedError: Under torch.vmap, torch.jit.trace or torch.jit.script.
+        AttributeError: An attribute is set whose name is nearly that of an argument.
 
     Note:
         The same input gives bitwise the same terms and gradients on the CPU, and on a GPU with "sigmoid" and "softmax",
@@ -329,23 +357,86 @@ DEFAULT_WEIGHTS = {
 }
 
 
+class Weights(dict[str, float]):
+    """A dict with one finite number for each of `names`, in their order, whatever is done to it.
+
+    Raises:
+        TypeError: A weight is no number; the weights are no mapping.
+        ValueError: A weight is not finite; another name; a name without a weight.
+    """
+
+    def __init__(self, names: Sequence[str], values: Mapping[str, float]) -> None:
+        if not isinstance(values, Mapping):
+            raise TypeError(f"weights must be a mapping from the names of terms to numbers, got {values!r}.")
+        for name, weight in values.items():
+            checks.choice("the name of a weight", name, names)
+            checks.number(f"weight {name}", weight)
+        missing = [name for name in names if name not in values]
+        if missing:
+            raise ValueError(
+                f"weights must have one for each of {', '.join(map(repr, names))}, got none for "
+                f"{', '.join(map(repr, missing))}; a weight of 0 leaves a term out, and update() changes some of them."
+            )
+        super().__init__({name: float(checks.plain(values[name])) for name in names})
+        self.plain = dict(self)  # the same, for the compiler: before torch 2.7 it knows no subclass of dict
+
+    def update(self, *args: Any, **changes: Any) -> None:
+        """As of a dict; nothing changes if one of them is not allowed."""
+        super().update(Weights(tuple(self), {**self, **dict(*args, **changes)}))
+        self.plain.update(self)
+
+    def __setitem__(self, name: str, weight: float) -> None:
+        self.update({name: weight})
+
+    def __ior__(self, changes: Any) -> "Weights":  # type: ignore[misc, override]
+        self.update(changes)
+        return self
+
+    def setdefault(self, name: str, default: float = 0.0) -> float:
+        """The weight; every term has one."""
+        checks.choice("the name of a weight", name, tuple(self))
+        return self[name]
+
+    def __delitem__(self, name: str) -> NoReturn:
+        checks.choice("the name of a weight", name, tuple(self))
+        raise ValueError(f"weight {name} must be a finite number and can't be deleted; 0 leaves the term out.")
+
+    def pop(self, name: str, *default: Any) -> NoReturn:
+        """Refused, as every term has a weight."""
+        del self[name]
+
+    def popitem(self) -> NoReturn:
+        """Refused, as every term has a weight."""
+        del self[next(reversed(self))]
+
+    def clear(self) -> NoReturn:
+        """Refused, as every term has a weight."""
+        del self[next(iter(self))]
+
+    def __reduce__(self) -> Any:
+        return Weights, (tuple(self), dict(self))
+
+
 class WeightedSum(_Loss):
     """One number for a training loop: sum of weight * term over the terms of `loss`.
 
     The default weights (pixel 1, instance_label and instance_output 0.5, center, false_instances and missed_instances
-    0.25, proximity 0) are meant for `rate_instead_number=True`. A term of weight 0 is not computed.
+    0.25, proximity 0) are meant for `rate_instead_number=True`: counts with a weight get one warning, as an untrained
+    network has thousands of false instances. A term of weight 0 is not computed.
 
     Args:
-        loss: an `InstanceLoss` or `InstanceCenterLoss`.
+        loss: an `InstanceLoss` or `InstanceCenterLoss`; its options and criteria are changed there, `loss.loss`.
         **weights: one finite number a term name; terms left out keep their default.
 
     Attributes:
-        weights: the weight of every term by name; may be changed between calls.
+        weights: the weight of every term by name; may be changed between calls, with the same checks.
         terms: the detached terms of the last call by name, on their device; empty before the first.
 
     Raises:
-        TypeError: `loss` is no loss of the family, or a weight is no number.
-        ValueError: A weight for a term that `loss` does not have, or a weight that is not finite.
+        TypeError: `loss` is no loss of the family, `weights` no mapping, or a weight no number.
+        ValueError: A weight for a term that `loss` does not have, a weight that is not finite, or a term without one.
+        AttributeError: An option, a criterion or a weight is set as an attribute of the sum.
+        NotImplementedError: Under torch.vmap, torch.jit.trace or torch.jit.script.
 
     Note:
         Called as `loss(outputs, labels, cc_label_batch=None, *, ignore_mask=None)`, it returns a 0-d tensor, connected
@@ -360,17 +451,21 @@ class WeightedSum(_Loss):
         ['center', 'false_instances']
     """
 
+    weights: Weights
+
     def __init__(self, loss: _Family, **weights: float) -> None:
         super().__init__()
-        if not isinstance(loss, _Family):
-            raise TypeError(f"loss must be an InstanceLoss or InstanceCenterLoss, got {type(loss).__name__}.")
-        names = loss.terms._fields
-        for name, weight in weights.items():
-            checks.choice("the name of a weight", name, names)
-            checks.number(f"weight {name}", weight)
         self.loss = loss
-        self.weights = {name: float(weights.get(name, DEFAULT_WEIGHTS[name])) for name in names}
+        names = loss.terms._fields
+        self.weights = Weights(names, {name: DEFAULT_WEIGHTS[name] for name in names} | weights)
         self.terms: dict[str, Tensor] = {}
+        counts = [name for name in ("false_instances", "missed_instances") if self.weights[name] != 0.0]
+        if counts and not loss.rate_instead_number:
+            warnings.warn(
+                f"{' and '.join(counts)} are counts, thousands for an untrained network, and the default weights are "
+                f"meant for rates: give {type(loss).__name__} rate_instead_number=True, or them a weight of 0.",
+                stacklevel=2,
+            )
 
     def forward(
         self,
@@ -381,13 +476,31 @@ class WeightedSum(_Loss):
         ignore_mask: Tensor | None = None,
     ) -> Tensor:
         """The weighted sum of a batch."""
-        used = {name: weight for name, weight in self.weights.items() if weight != 0.0}
+        used = {name: weight for name, weight in self.weights.plain.items() if weight != 0.0}
         total, self.terms = self.loss.evaluate_sum(outputs, labels, cc_label_batch, ignore_mask, used)
         if total is not None and (total.requires_grad or not outputs.requires_grad):
             return total
-        connected = (0.0 * widen(unwrap(outputs))).sum()
-        return connected if total is None else total + connected
+        # The sum of no voxels is connected to all of them, and costs no pass.
+        nothing = widen(unwrap(outputs)[:0]).sum()
+        return nothing if total is None else total - nothing  # (-0 + 0 would be another zero)
 
     def extra_repr(self) -> str:
         """The weights, for `print(loss)`."""
         return ", ".join(f"{name}={weight:g}" for name, weight in self.weights.items())
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "loss":
+            if not isinstance(value, _Family):
+                raise TypeError(f"loss must be an InstanceLoss or InstanceCenterLoss, got {type(value).__name__}.")
+            if "weights" in self.__dict__ and set(self.weights) != set(value.terms._fields):
+                raise ValueError(f"loss must have the terms {', '.join(self.weights)}, got {type(value).__name__}.")
+        elif name == "weights":
+            value = Weights(self.loss.terms._fields, value)
+        elif name in (*NAMES, *CRITERIA):
+            raise AttributeError(f"{name} belongs to the loss that is summed: set loss.loss.{name} instead.")
+        elif name in DEFAULT_WEIGHTS:
+            raise AttributeError(f"{name} is a term: set its weight, loss.weights[{name!r}], instead.")
+        super().__setattr__(name, value)
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        checks.refuse_script()

@@ -39,6 +39,7 @@ class _Matches(NamedTuple):
     dice: Tensor
 
 
+@checks.not_scriptable
 def instance_metrics(
     outputs: Tensor,
     labels: Tensor,
@@ -115,6 +116,7 @@ def instance_metrics(
         ValueError: An option or shape is not allowed, or the tensors do not fit each other; and, looked for on the CPU
             always, on CUDA if the environment variable TRITON_INSTANCE_LOSS_DEBUG is 1: labels that are neither 0 nor
             1, and, with "sigmoid", outputs that all lie in [0, 1], as probabilities or a mask do.
+        NotImplementedError: Under torch.vmap, torch.jit.trace or torch.jit.script.
 
     Note:
         Not differentiable, deterministic on every device, and without a synchronisation with the host on CUDA: that
@@ -140,7 +142,7 @@ def instance_metrics(
         2.0
     """
     checks.choice("matching", matching, ("overlap", "iou"))
-    checks.number("iou_threshold", iou_threshold, 0.5, 1.0)
+    iou_threshold = checks.number("iou_threshold", iou_threshold, 0.5, 1.0)
     options = Options(
         activation=activation,
         num_out_chn=num_out_chn,
@@ -168,7 +170,8 @@ def instance_metrics(
         looked_at = given.outputs.flatten(1)[:, None] if activation == "softmax" else x.view(*shape, -1)
         health = health_of(looked_at, truth.view(*shape, -1), dim=2)
         of_classes = (value.view(shape).to(x.dtype) * health for value in metrics)
-        return InstanceMetrics(*(value[:, 0] if isinstance(object_chn, int) else value for value in of_classes))
+        single = isinstance(options.object_chn, int)
+        return InstanceMetrics(*(value[:, 0] if single else value for value in of_classes))
 
 
 def _to_activate(given: Given, options: Options) -> Tensor:

@@ -39,13 +39,13 @@ class Options:
     process_group: Any = None
 
     def __post_init__(self) -> None:
+        for name in NAMES:
+            object.__setattr__(self, name, checks.plain(getattr(self, name)))
         checks.choice("activation", self.activation, ("sigmoid", "softmax", "none"))
         checks.choice("reduce_segmentation", self.reduce_segmentation, ("mean", "sum"))
         checks.choice("instance_wise_reduce", self.instance_wise_reduce, ("instance", "data"))
         checks.choice("gradients", self.gradients, ("surrogate", "log", "reference"))
         checks.integer("num_out_chn", self.num_out_chn, 2 if self.activation == "softmax" else 1)
-        if isinstance(self.object_chn, list):  # as JSON has it
-            object.__setattr__(self, "object_chn", tuple(self.object_chn))
         checks.channels("object_chn", self.object_chn, self.num_out_chn)
         checks.integer("spatial_dims", self.spatial_dims, 2)
         if self.spatial_dims > 3:

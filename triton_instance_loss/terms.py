@@ -6,6 +6,7 @@ into the gradient of a volume. A sample without usable outputs, or without label
 criterion on the whole sample, in row 0.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -224,12 +225,12 @@ class FusedTerms(torch.autograd.Function):
                 of_values = _OnceDifferentiable.apply(of_values, carrier)  # type: ignore[no-untyped-call]
         return (grad_x, of_values, *(None,) * 12)
 
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        """There is no forward mode."""
-        raise NotImplementedError("the losses have no forward-mode derivative (jvp); use backward or torch.func.grad")
 
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, *inputs: Any) -> Any:
-        """There is no batch of batches."""
-        raise NotImplementedError("the losses have no rule for torch.vmap; samples are the first axis of outputs")
+def apply(*arguments: Any) -> tuple[Tensor, ...]:
+    """`FusedTerms.apply`, without looking its signature up at each call where nothing asks for that."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return FusedTerms.apply(*arguments)  # type: ignore[no-untyped-call, no-any-return]
+    return _apply(*arguments)
+
+
+_apply: Callable[..., tuple[Tensor, ...]] = super(torch.autograd.Function, FusedTerms).apply

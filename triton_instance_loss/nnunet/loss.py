@@ -1,12 +1,13 @@
 """The instance terms as nnU-Net calls a loss: classes or regions, an ignore label, levels of deep supervision."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.modules.loss import _Loss
 
+from .. import checks
 from ..activation import against_the_rest, class_masks, equals, unwrap, widen
 from ..losses import InstanceCenterLoss, InstanceLoss, WeightedSum
 
@@ -31,11 +32,12 @@ class OneAgainstTheRest(_Loss):
         num_channels: channels C of `outputs`; in labels mode that of the background is one of them.
         regions: True for regions mode, False for labels mode.
         ignore_label: the label of voxels to be ignored, None if there is none; in regions mode any label will do.
-        weights: the weight of each instance term by name; terms left out keep the default of `WeightedSum`.
+        weights: the weight of each instance term by name; terms left out keep the default of `WeightedSum`, and the
+            pixel term, which nnU-Net's own loss is there for, has none.
         **options: further options of `family`.
 
     Raises:
-        TypeError: An option or weight of the wrong type.
+        TypeError: An argument or weight of the wrong type.
         ValueError: No class besides the background; an option, or the name of a weight, that is not allowed; shapes
             that do not fit.
 
@@ -60,13 +62,17 @@ class OneAgainstTheRest(_Loss):
         num_channels: int,
         regions: bool,
         ignore_label: int | None = None,
-        weights: dict[str, float] | None = None,
+        weights: Mapping[str, float] | None = None,
         **options: Any,
     ) -> None:
         super().__init__()
-        self.num_channels = num_channels
-        self.regions = regions
-        self.ignore_label = ignore_label
+        self.num_channels = num_channels = checks.integer("num_channels", num_channels, 1)
+        self.regions = regions = checks.flag("regions", regions)
+        self.ignore_label = None if ignore_label is None else checks.integer("ignore_label", ignore_label, 0)
+        if not isinstance(weights, Mapping | None):
+            raise TypeError(f"weights must be a mapping from the names of terms to numbers, or None, got {weights!r}.")
+        for name in weights or {}:
+            checks.choice("the name of a weight", name, family.terms._fields[1:])
         classes = num_channels if regions else num_channels - 1
         if classes < 1:
             raise ValueError(f"num_channels must leave a class besides the background, got {num_channels!r}.")
@@ -126,8 +132,12 @@ class WithInstanceTerms(_Loss):
     Attributes:
         factor: what the instance terms are multiplied by, 1 if nobody changes it.
 
+    Both may be changed between calls, with the same checks.
+
     Raises:
-        ValueError: `level_weights` and the levels do not match in number.
+        TypeError: `factor` or one of `level_weights` is no number, or `level_weights` no sequence.
+        ValueError: `factor` or one of `level_weights` is not finite; `level_weights` has none, or another number than
+            there are levels.
 
     Example:
         >>> import torch
@@ -157,3 +167,15 @@ class WithInstanceTerms(_Loss):
             if weight != 0.0:
                 total = total + self.factor * weight * self.instance(*level)
         return total
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "factor":
+            value = float(checks.number(name, value))
+        elif name == "level_weights" and value is not None:
+            levels = checks.plain(value)
+            if not isinstance(levels, tuple):
+                raise TypeError(f"level_weights must be a sequence of finite numbers, or None, got {value!r}.")
+            if not levels:
+                raise ValueError(f"level_weights must have a finite number for each level, got {value!r}.")
+            value = tuple(float(checks.number(f"level_weights[{i}]", weight)) for i, weight in enumerate(levels))
+        super().__setattr__(name, value)
