@@ -194,14 +194,14 @@ class FusedTerms(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         """Gradients of the volume and of the values that were given."""
         of_terms, of_total, *_ = grads
-        if of_terms is None and of_total is None:
+        if of_terms is None and (of_total is None or not ctx.weights):
             return (None,) * 14
         carrier, x, labels, counts, where, which, *kept = ctx.saved_tensors
         wanted: Request = ctx.wanted
         with torch.no_grad():
             grad_x, grad_values = ops.evaluate_backward(
                 None if of_terms is None else of_terms.contiguous(),
-                of_total,
+                of_total if ctx.weights else None,
                 x,
                 labels,
                 [where, which],
