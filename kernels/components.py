@@ -137,7 +137,7 @@ def _touches_alone(
 
 
 @triton.jit
-def _to_unite(cells_ptr, cell, occupancy, z, y, x, D, H, W, DEEP: tl.constexpr):
+def _to_unite(cells_ptr, cell, occupancy, z, y, x, D, H, W):
     """With which of its 13 forward neighbours a cell is to be united: a bit for each, in their order.
 
     Not with one that it touches through a third cell, one step along an axis away: those two pairs are united.
@@ -145,16 +145,23 @@ def _to_unite(cells_ptr, cell, occupancy, z, y, x, D, H, W, DEEP: tl.constexpr):
     here = occupancy != 0
     before_x = _load_cell(cells_ptr, cell, z, y, x, D, H, W, 0, 0, -1, here)
     behind_x = _load_cell(cells_ptr, cell, z, y, x, D, H, W, 0, 0, 1, here)
-    before_y = _load_cell(cells_ptr, cell, z, y, x, D, H, W, 0, -1, 0, here & DEEP)
     behind_y = _load_cell(cells_ptr, cell, z, y, x, D, H, W, 0, 1, 0, here)
-    behind_z = _load_cell(cells_ptr, cell, z, y, x, D, H, W, 1, 0, 0, here & DEEP)
     wanted = tl.zeros_like(occupancy)
-    for direction in tl.static_range(14, 27 if DEEP else 18):  # of the 27 steps -1, 0, 1 in three axes
+    for direction in tl.static_range(14, 18):  # of the 27 steps -1, 0, 1 in three axes: in the same layer
         touching = _touches_alone(
-            cells_ptr, cell, occupancy, before_x, behind_x, before_y, behind_y, behind_z, here, z, y, x, D, H, W,
+            cells_ptr, cell, occupancy, before_x, behind_x, behind_y, behind_y, behind_y, here, z, y, x, D, H, W,
             direction // 9 - 1, direction // 3 % 3 - 1, direction % 3 - 1,
         )  # fmt: skip
         wanted |= touching.to(tl.int32) << (direction - 14)
+    if D > 2:  # there is another layer of cells
+        before_y = _load_cell(cells_ptr, cell, z, y, x, D, H, W, 0, -1, 0, here)
+        behind_z = _load_cell(cells_ptr, cell, z, y, x, D, H, W, 1, 0, 0, here)
+        for direction in tl.static_range(18, 27):
+            touching = _touches_alone(
+                cells_ptr, cell, occupancy, before_x, behind_x, before_y, behind_y, behind_z, here, z, y, x, D, H, W,
+                direction // 9 - 1, direction // 3 % 3 - 1, direction % 3 - 1,
+            )  # fmt: skip
+            wanted |= touching.to(tl.int32) << (direction - 14)
     return wanted
 
 
@@ -215,7 +222,8 @@ def _nodes_kernel(
         tl.store(ids_ptr + first + step, tl.where((occupancy >> corner) & 1 != 0, node, 0), mask=inside)
 
 
-@triton.jit
+# (with a size that is 1 for a constant, LLVM leaves a byte of stack behind)
+@triton.jit(do_not_specialize=["D", "H", "W"])
 def _merge_kernel(
     ids_ptr,  # (B, V) int32
     cells_ptr,  # (B, N) uint8
@@ -223,7 +231,6 @@ def _merge_kernel(
     H,
     W,
     N,
-    DEEP: tl.constexpr,  # there is more than one layer of cells
     BLOCK: tl.constexpr,
 ):
     cell = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -234,7 +241,7 @@ def _merge_kernel(
     occupancy = tl.load(cells_ptr + cell, mask=cell < N, other=0).to(tl.int32)
     if tl.max(occupancy, axis=0) > 0:  # most cells are background
         z, y, x = _cell_coordinates(cell, H, W)
-        wanted = _to_unite(cells_ptr, cell, occupancy, z, y, x, D, H, W, DEEP)
+        wanted = _to_unite(cells_ptr, cell, occupancy, z, y, x, D, H, W)
         left = _node(occupancy, z, y, x, H, W)
         right = left
         while tl.max((wanted | (left != right).to(tl.int32)), axis=0) > 0:
@@ -295,7 +302,6 @@ def _label(mask: Tensor) -> tuple[Tensor, Tensor]:
         height,
         width,
         num_cells,
-        depth > 2,
         block,
         num_warps=MERGE_WARPS,
     )

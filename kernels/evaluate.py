@@ -10,7 +10,7 @@ from .. import ops
 from ..ratios import numbers
 from .centers import launch_center_overlaps
 from .proximity import launch_proximity_minima
-from .tables import launch_sum_instances_backward, sum_up
+from .tables import launch_sum_instances, launch_sum_instances_backward
 from .terms import add_up, spread
 
 
@@ -38,7 +38,7 @@ def launch_evaluate(
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Terms, their sum with weights, and what the backward wants."""
     batch, *shape = x.shape
-    sums, sample_sums, *touching, nothing = sum_up(x, sites, counts, geometry, activation, quantity, no_tp, pairs)
+    sums, sample_sums, *touching = launch_sum_instances(x, sites, counts, geometry, activation, quantity, no_tp, pairs)
     owned = distances = None
     if offset is not None:
         owned = launch_center_overlaps(geometry, counts, shape, ops.reach_of_boxes(shape, planar, offset))
@@ -46,7 +46,7 @@ def launch_evaluate(
         distances = launch_proximity_minima(geometry, counts, shape, planar)
     of_criteria = numbers(tuple(criteria), shape[0] * shape[1] * shape[2], batch, classes)
     results = sums, sample_sums, pixel_sums, health, counts, geometry, owned, distances, values, totals
-    terms, total, *slopes = add_up(results, nothing, of_criteria, tuple(weights), x.dtype, classes, reduction, rates)
+    terms, total, *slopes = add_up(results, of_criteria, tuple(weights), x.dtype, classes, reduction, rates)
     return terms, total, [*slopes, *touching]
 
 

@@ -94,7 +94,6 @@ def _clear_kernel(
     excess_ptr,  # (B, capacity) float64
     pairs_ptr,  # (B, slots) int64
     touched_ptr,  # (B, rest) bool
-    arrived_ptr,  # () int32, for the kernel that ends a pass (terms.py)
     capacity,
     slots,
     rest,
@@ -102,8 +101,6 @@ def _clear_kernel(
 ):
     sample = tl.program_id(1).to(tl.int64)
     B = tl.num_programs(1)
-    if (sample == 0) & (tl.program_id(0) == 0):
-        tl.store(arrived_ptr, 0)
     start, step = tl.program_id(0) * BLOCK, tl.num_programs(0) * BLOCK
     nothing = tl.zeros((BLOCK,), tl.float64)
     for side in tl.static_range(2):
@@ -349,21 +346,6 @@ def launch_sum_instances(
     pairs: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Sums by instance and by sample, the pairs that touch, for which there is room for `pairs`, and the rest."""
-    sums, sample_sums, where, touched, _ = sum_up(x, sites, counts, geometry, activation, quantity, no_tp, pairs)
-    return sums, sample_sums, where, touched
-
-
-def sum_up(
-    x: Tensor,
-    sites: list[Tensor],
-    counts: Tensor,
-    geometry: Tensor,
-    activation: int,
-    quantity: int,
-    no_tp: bool,
-    slots: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The same, and a 0 for who comes next."""
     (batch, *shape), (_, capacity, _), rest, device = x.shape, geometry.shape, sites[1].shape[1], x.device
     num_voxels = math.prod(shape)
     block = block_size(num_voxels, SOFT_SUMS_BLOCK if activation == ops.NONE else SUMS_BLOCK)
@@ -371,23 +353,22 @@ def sum_up(
     sizes = (2 * batch, capacity, ops.SUMS_COLUMNS), (batch, capacity), (batch, blocks, ops.SAMPLE_COLUMNS)
     sums, excess, parts = (torch.empty(size, dtype=torch.float64, device=device) for size in sizes)
     sample_sums = torch.empty((batch, ops.SAMPLE_COLUMNS), dtype=torch.float64, device=device)
-    pairs = torch.empty((batch, slots), dtype=torch.int64, device=device)
+    where = torch.empty((batch, pairs), dtype=torch.int64, device=device)
     touched = torch.empty((batch, rest), dtype=torch.bool, device=device)
-    arrived = torch.empty((), dtype=torch.int32, device=device)
     if batch > 0:
-        clear_block = block_size(slots, CLEAR_BLOCK)
-        launch(_clear_kernel, (table_programs(cut(slots, clear_block)), batch),
-            counts, sums, excess, pairs, touched, arrived, capacity, slots, rest, clear_block,
+        clear_block = block_size(pairs, CLEAR_BLOCK)
+        launch(_clear_kernel, (table_programs(cut(pairs, clear_block)), batch),
+            counts, sums, excess, where, touched, capacity, pairs, rest, clear_block,
         )  # fmt: skip
         if num_voxels > 0:
             # Sums of a hard output are whole numbers, the same in any order.
             programs = adding_programs(blocks) if activation == ops.NONE else blocks
             launch(_sum_instances_kernel, (programs, batch),
-                x, sites[0], counts, sums, excess, parts, pairs, touched,
-                num_voxels, capacity, slots, rest, quantity, no_tp, activation, block, num_warps=SUMS_WARPS,
+                x, sites[0], counts, sums, excess, parts, where, touched,
+                num_voxels, capacity, pairs, rest, quantity, no_tp, activation, block, num_warps=SUMS_WARPS,
             )  # fmt: skip
-        sum_neighbours(pairs, geometry, excess, counts, parts, sums, sample_sums)
-    return sums, sample_sums, pairs, touched, arrived
+        sum_neighbours(where, geometry, excess, counts, parts, sums, sample_sums)
+    return sums, sample_sums, where, touched
 
 
 def launch_sum_instances_backward(

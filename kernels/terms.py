@@ -81,6 +81,8 @@ SAMPLE_SLOPES_COLUMNS: tl.constexpr = tl.constexpr(ops.SAMPLE_SLOPES_COLUMNS)
 # Weights come by value, so that they may change from step to step: as bits, since Triton takes no float64 by value.
 WEIGHTS = [f"weight_{term}" for term in range(ops.PROXIMITY + 1)]
 NO_WEIGHTS = (0,) * len(WEIGHTS)
+# Samples of which the parts are added at once.
+SAMPLES_BLOCK = 16
 # One lane a thread: samples rarely have more instances, and the float64 arithmetic wants the registers.
 ROWS_BLOCK = 128
 
@@ -158,15 +160,8 @@ def _add_rows(
     return tl.sum(total, axis=0), tl.sum(weighted, axis=0), tl.sum(met, axis=0)
 
 
-@triton.jit(do_not_specialize=WEIGHTS)
+@triton.jit
 def _terms_kernel(
-    weight_0: tl.int64,  # of each term in the total, a float64 in its bits
-    weight_1: tl.int64,
-    weight_2: tl.int64,
-    weight_3: tl.int64,
-    weight_4: tl.int64,
-    weight_5: tl.int64,
-    weight_6: tl.int64,
     sums_ptr,  # (2 B, capacity, 5) float64
     sample_sums_ptr,  # (B, 3) float64
     pixel_sums_ptr,  # (B, 3) float64
@@ -179,9 +174,6 @@ def _terms_kernel(
     totals_ptr,  # (2, classes) float64, or None: instances are averaged over the batch
     numbers_ptr,  # (30,) float64
     parts_ptr,  # (B, 7) float64: what each sample adds to the terms
-    arrived_ptr,  # () int32, 0: how many samples have added
-    terms_ptr,  # (7,) of any float dtype
-    total_ptr,  # () of that dtype
     slopes_ptr,  # (2 B, capacity, 5) float64
     sample_slopes_ptr,  # (B, 8) float64
     capacity,
@@ -251,18 +243,45 @@ def _terms_kernel(
     tl.store(part_ptr + PROXIMITY, health * proximity / B)
     tl.store(sample_slopes_ptr + BY_DISTANCE, health * 2.0 * difference / B)
 
-    # The last sample to arrive adds up what all have written, in their order.
-    tl.debug_barrier()
-    if tl.atomic_add(arrived_ptr, 1, sem="acq_rel") == B - 1:
-        tl.debug_barrier()
-        term = tl.arange(0, 8)
-        weights = tl.where(term == 0, weight_0, tl.where(term == 1, weight_1, tl.where(term == 2, weight_2, weight_3)))
-        weights = tl.where(term == 4, weight_4, tl.where(term == 5, weight_5, tl.where(term == 6, weight_6, weights)))
-        total = tl.zeros((8,), tl.float64)
-        for other in range(B):
-            total += tl.load(parts_ptr + other * TERMS + term, mask=term < TERMS, other=0.0)
-        tl.store(terms_ptr + term, total, mask=term < TERMS)
-        tl.store(total_ptr, tl.sum(total * weights.to(tl.int64).to(tl.float64, bitcast=True), axis=0))
+
+@triton.jit
+def _of_bits(weight):
+    """The float64 of a weight's bits."""
+    return weight.to(tl.int64).to(tl.float64, bitcast=True)
+
+
+@triton.jit
+def _weighted(terms, weight, TERM: tl.constexpr):
+    """One of eight terms times its weight, 0 in the place of all others."""
+    return tl.where(tl.arange(0, 8) == TERM, terms * _of_bits(weight), 0.0)
+
+
+@triton.jit(do_not_specialize=WEIGHTS)
+def _total_kernel(
+    weight_0: tl.int64,  # of each term in the total, a float64 in its bits
+    weight_1: tl.int64,
+    weight_2: tl.int64,
+    weight_3: tl.int64,
+    weight_4: tl.int64,
+    weight_5: tl.int64,
+    weight_6: tl.int64,
+    parts_ptr,  # (B, 7) float64: what each sample adds to the terms
+    terms_ptr,  # (7,) of any float dtype
+    total_ptr,  # () of that dtype
+    B,
+    BLOCK: tl.constexpr,
+):
+    term, sample = tl.arange(0, 8), tl.arange(0, BLOCK)
+    terms = tl.zeros((8,), tl.float64)
+    for first in range(0, B, BLOCK):
+        part_ptr = parts_ptr + (first + sample)[:, None] * TERMS + term[None, :]
+        here = (first + sample < B)[:, None] & (term < TERMS)[None, :]
+        terms += tl.sum(tl.load(part_ptr, mask=here, other=0.0), axis=0)
+    total = _weighted(terms, weight_0, 0) + _weighted(terms, weight_1, 1) + _weighted(terms, weight_2, 2)
+    total += _weighted(terms, weight_3, 3) + _weighted(terms, weight_4, 4) + _weighted(terms, weight_5, 5)
+    total += _weighted(terms, weight_6, 6)
+    tl.store(terms_ptr + term, terms, mask=term < TERMS)
+    tl.store(total_ptr, tl.sum(total, axis=0))
 
 
 @triton.jit
@@ -272,7 +291,7 @@ def _gradient_of(grad_terms_ptr, grad_total_ptr, weight, TERM: tl.constexpr):
     if grad_terms_ptr is not None:
         gradient += tl.load(grad_terms_ptr + TERM).to(tl.float64)
     if grad_total_ptr is not None:
-        gradient += tl.load(grad_total_ptr).to(tl.float64) * weight.to(tl.int64).to(tl.float64, bitcast=True)
+        gradient += tl.load(grad_total_ptr).to(tl.float64) * _of_bits(weight)
     return gradient
 
 
@@ -394,14 +413,12 @@ def launch_terms(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The terms, float64, and the slopes of instances and of samples."""
     results = sums, sample_sums, pixel_sums, health, counts, geometry, owned, distances, values, totals
-    arrived = torch.zeros((), dtype=torch.int32, device=sums.device)
-    terms, _, *slopes = add_up(results, arrived, tuple(numbers), (), torch.float64, classes, reduction, rates)
+    terms, _, *slopes = add_up(results, tuple(numbers), (), torch.float64, classes, reduction, rates)
     return terms, slopes[0], slopes[1]
 
 
 def add_up(
     results: tuple[Tensor | None, ...],
-    arrived: Tensor,
     numbers: tuple[float, ...],
     weights: tuple[float, ...],
     dtype: torch.dtype,
@@ -411,7 +428,7 @@ def add_up(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The terms and their sum with `weights`, and the slopes of instances and of samples.
 
-    `results` are the first ten arguments of `launch_terms`; `arrived` is 0, int32.
+    `results` are the first ten arguments of `launch_terms`.
     """
     sums, sample_sums = results[:2]
     assert sums is not None
@@ -423,8 +440,11 @@ def add_up(
     if batch == 0:
         return terms.zero_(), total.zero_(), slopes, sample_slopes
     launch(_terms_kernel, (batch,),
-        *results, _table_of(numbers, device.type == "cuda"), parts, arrived, terms, total, slopes, sample_slopes,
-        capacity, classes, reduction, rates, block_size(capacity, ROWS_BLOCK), values=bits_of(weights),
+        *results, _table_of(numbers, device.type == "cuda"), parts, slopes, sample_slopes,
+        capacity, classes, reduction, rates, block_size(capacity, ROWS_BLOCK),
+    )  # fmt: skip
+    launch(_total_kernel, (1,),
+        parts, terms, total, batch, SAMPLES_BLOCK, values=bits_of(weights), num_warps=1,
     )  # fmt: skip
     return terms, total, slopes, sample_slopes
 
