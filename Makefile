@@ -3,6 +3,7 @@
 #   make demo    install, then run examples/quickstart.py
 #   make test    install, then run the whole test suite
 #
+#   make test-ptx       run the kernels as compiled for a GPU, without one; needs gcc
 #   make test-nnunet    train with nnU-Net, in an environment of its own, .venv-nnunet
 #   make test-panoptica    compare the stored answers of panoptica with its own, in .venv-panoptica
 #   make test-wheel     build a wheel from the commit or tag TAG, and run the whole test suite on it, in build/wheel
@@ -22,16 +23,20 @@ TAG ?= HEAD
 # Packages are compiled when they are first imported (pip's --no-compile), which must then be kept.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-nnunet nnunet-2d nnunet-3d test-panoptica test-wheel docs lint clean
+.PHONY: demo test test-ptx test-nnunet nnunet-2d nnunet-3d test-panoptica test-wheel docs lint clean
 
 demo: $(VENV)/examples
 	$(BIN)/python examples/quickstart.py
 
 # One process a core, so one thread a process: more of them only wait for each other.
-test test-nnunet test-wheel: export OMP_NUM_THREADS = 1
+test test-ptx test-nnunet test-wheel: export OMP_NUM_THREADS = 1
 
 test: $(VENV)/test
 	$(BIN)/python -m pytest -n auto --dist worksteal
+
+# A process of its own: in one, kernels are either compiled or interpreted, as the other tests have them.
+test-ptx: $(VENV)/test
+	$(BIN)/python -m pytest -n auto --dist worksteal --confcutdir=tests/ptx tests/ptx
 
 test-nnunet: $(NNUNET_VENV)/nnunet
 	$(MAKE) --jobs=2 --output-sync nnunet-2d nnunet-3d

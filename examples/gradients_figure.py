@@ -22,6 +22,7 @@ MODES = {
     'published, "sigmoid"': {"activation": "sigmoid", "gradients": "reference"},
     'published, "none"': {"activation": "none", "gradients": "reference"},
     'here, "sigmoid"': {"activation": "sigmoid", "gradients": "surrogate"},
+    'here, "sigmoid", "log"': {"activation": "sigmoid", "gradients": "log"},
 }
 
 
@@ -65,7 +66,7 @@ def main(arguments: list[str] | None = None) -> None:
     logits, labels = scene()
     found = {mode: gradients(**options) for mode, options in MODES.items()}
     terms = list(found['here, "sigmoid"'])
-    figure = Figure(figsize=(11, 9.6), dpi=110, layout="constrained")
+    figure = Figure(figsize=(13.6, 9.6), dpi=110, layout="constrained")
     for axes_row, term in zip(figure.subplots(len(terms), len(MODES)), terms, strict=True):
         largest = max(float(by_term[term].abs().max()) for by_term in found.values())
         for axes, (mode, by_term) in zip(axes_row, found.items(), strict=True):

@@ -49,7 +49,7 @@ def parse(arguments: list[str] | None) -> tuple[Parser, argparse.Namespace]:
     parser.add_argument("--threshold", type=float, default=0.5, help="outputs of at least this are foreground (0.5)")
     parser.add_argument("--iterations", type=int, metavar="K", help="cut instances as K rounds of max-pooling do")
     parser.add_argument(
-        "--max-outputs", type=int, default=50, metavar="N", help="outputs used individually, 0 = all (50)"
+        "--max-outputs", type=int, default=4096, metavar="N", help="outputs used individually, 0 = all (4096)"
     )
     parser.add_argument(
         "--too-many", type=float, default=50, metavar="N", help="use none beyond N outputs a label (50)"
@@ -86,7 +86,7 @@ def check(output: NDArray[np.float64], label: NDArray[np.float64]) -> None:
     """The two fit each other, and the label is binary."""
     if output.shape != label.shape:
         raise Problem(f"output and label must have one shape, got {output.shape} and {label.shape}")
-    other = np.unique(label[(label != 0) & (label != 1)])
+    other = np.unique(label[(label < -0.5) | (label > 1.5)])  # scaled by a header, 1 may be 0.9999999998
     if len(other):
         some = ", ".join(f"{value:g}" for value in other[:3]) + (", ..." if len(other) > 3 else "")
         raise Problem(f"label: only 0 (background) and 1 (foreground) are allowed, got {some}")

@@ -87,17 +87,17 @@ def report(outputs: torch.Tensor, labels: torch.Tensor, loss: InstanceLoss) -> R
     if outputs.shape[:2] != (1, 1) or loss.activation == "softmax":
         raise ValueError(f"report takes one sample of one channel without softmax, got {tuple(outputs.shape)}.")
     outputs, labels = outputs.detach().cpu(), labels.detach().cpu()
-    threshold = loss.segmentation_threshold
+    threshold = loss.options.threshold
     if loss.activation == "sigmoid":
         mask = torch.sigmoid(outputs) >= threshold
         activated = mask.double()
     else:
         mask = outputs >= threshold if threshold > 0 else outputs == 1
         activated = outputs.double()
-    out_map, lab_map = number_map(mask, loss), number_map(labels == 1, loss)
+    out_map, lab_map = number_map(mask, loss), number_map(labels > 0.5, loss)
 
     a = activated.numpy().ravel()
-    y = (labels == 1).numpy().ravel()
+    y = (labels > 0.5).numpy().ravel()
     out, lab = out_map.ravel(), lab_map.ravel()
     num_outputs, num_labels = int(out.max()), int(lab.max())
     too_many = num_labels > 0 and num_outputs > num_labels * loss.mul_too_many

@@ -162,9 +162,11 @@ def tables(results: Results) -> list[list[list[str]]]:
 def footer(results: Results) -> str:
     """Where the numbers come from."""
     setting, versions = results["setting"], results["versions"]
+    share = setting.get("empty", 0)  # runs of before there was a choice do not have it
+    empty = f"{100 * share:g} % of the training images empty, " if share else ""
     return (
         f"{setting['dims']}D, {setting['seeds']} seeds, {setting['steps']} steps, "
-        f"{setting['test_images']} test images; "
+        f"{empty}{setting['test_images']} test images; "
         f"{results['device']}, {results['threads']} threads, torch {versions['torch']}, MONAI {versions['monai']}, "
         f"commit {results['commit']}, {results['date'][:10]}; {results['seconds']:.0f} s, "
         f"{results['processor_seconds']:.0f} s of processor time."

@@ -1,10 +1,13 @@
 """Train small U-Nets on synthetic lesions of very different sizes: Dice alone against the family of losses.
 
 python examples/train_synthetic.py --out training              # 2D, about three minutes on two cores
+python examples/train_synthetic.py --empty 0.8 --out empty     # four in five training images have no lesion
 python examples/train_synthetic.py --dims 3 --out training3d   # for a GPU
 python examples/train_synthetic.py --table training/results.json
 
-The same seed gives every arm the same images, initial weights and order of batches.
+The same seed gives every arm the same images, initial weights and order of batches. With `--empty` the arms are others:
+Dice + CE, as such data are trained with, and the terms of instances added to it; Dice alone and the family stay. The
+held-out images all have lesions, with `--empty` too: they are the same in every run.
 """
 
 import json
@@ -17,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from instance_report import Parser, stdout_console
+from monai.losses import DiceCELoss
 from monai.networks.nets import UNet
 from numpy.typing import NDArray
 from rich.progress import Progress
@@ -41,6 +45,9 @@ ARMS = {
     FALSE: {"false_instances": 1},
     LATE: {"false_instances": 1},
 }
+CE, WITH_TERMS, WITH_LOG = "Dice + CE", "Dice + CE + terms", "Dice + CE + terms, log"
+# Where images are empty: with Dice + CE as the pixel loss, or with Dice, and the default weights of the other terms.
+ARMS_WHERE_EMPTY = {CE: ONLY_PIXEL, WITH_TERMS: {}, WITH_LOG: {}, PIXEL: ONLY_PIXEL, FAMILY: {}}
 
 
 @dataclass(frozen=True)
@@ -56,24 +63,32 @@ class Setting:
     batch: int
     channels: tuple[int, ...]
     rate: float = 0.01  # the highest learning rate of the cycle
+    empty: float = 0.0  # share of the training images that have no lesion
+
+    @property
+    def arms(self) -> dict[str, dict[str, float]]:
+        """What is trained, and with which weights."""
+        return ARMS_WHERE_EMPTY if self.empty else ARMS
 
 
-def setting(dims: int, seeds: int, steps: int | None, quick: bool) -> Setting:
+def setting(dims: int, seeds: int, steps: int | None, quick: bool, empty: float) -> Setting:
     """The defaults of 2D and of 3D; `quick` only shows that everything works."""
     if quick:
-        return Setting(dims, seeds, steps or 4, {2: 48, 3: 24}[dims], 8, 6, 4, (4, 8))
+        return Setting(dims, seeds, steps or 4, {2: 48, 3: 24}[dims], 8, 6, 4, (4, 8), empty=empty)
     if dims == 2:
-        return Setting(2, seeds, steps or 300, 96, 400, 150, 4, (8, 16, 32))
-    return Setting(3, seeds, steps or 1000, 64, 200, 100, 4, (16, 32, 64))
+        return Setting(2, seeds, steps or 300, 96, 400, 150, 4, (8, 16, 32), empty=empty)
+    return Setting(3, seeds, steps or 1000, 64, 200, 100, 4, (16, 32, 64), empty=empty)
 
 
-def lesions(dims: int, size: int, generator: np.random.Generator) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    """An image and its labels: ellipses of radius 1 to 7, small ones more often, blurred and faint in noise."""
+def lesions(
+    dims: int, size: int, generator: np.random.Generator, empty: bool = False
+) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """An image and its labels: ellipses of radius 1 to 7, small ones more often, blurred, faint in noise; or none."""
     at = np.stack(np.meshgrid(*[np.arange(size)] * dims, indexing="ij"))
     labels = np.zeros((size,) * dims, dtype=bool)
     signal = np.zeros(labels.shape)
     taken: list[tuple[NDArray[np.float64], float]] = []
-    for _ in range(generator.integers(3, 11)):
+    for _ in range(0 if empty else generator.integers(3, 11)):
         radius = np.exp(generator.uniform(0, np.log(7)))
         center = generator.uniform(radius, size - 1 - radius, dims)
         if any(np.linalg.norm(center - other) < 1.2 * (radius + far) + 2 for other, far in taken):
@@ -90,10 +105,12 @@ def lesions(dims: int, size: int, generator: np.random.Generator) -> tuple[NDArr
     return image.astype(np.float32), labels
 
 
-def dataset(chosen: Setting, count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images and labels (count, 1, *spatial)."""
+def dataset(chosen: Setting, count: int, seed: int, empty: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images and labels (count, 1, *spatial); a share `empty` of them, the first ones, without a lesion."""
     generator = np.random.default_rng(seed)
-    images, labels = zip(*(lesions(chosen.dims, chosen.size, generator) for _ in range(count)), strict=True)
+    without = min(round(empty * count), count - 1)
+    drawn = (lesions(chosen.dims, chosen.size, generator, number < without) for number in range(count))
+    images, labels = zip(*drawn, strict=True)
     return torch.from_numpy(np.stack(images))[:, None], torch.from_numpy(np.stack(labels))[:, None].float()
 
 
@@ -107,8 +124,11 @@ def train(
     network = UNet(chosen.dims, 1, 1, chosen.channels, strides, num_res_units=1).to(device)
     # With "sigmoid" the published gradients would be those of Dice alone; with probabilities and "none" they are not.
     published = {"activation": "none", "gradients": "reference"} if arm == PUBLISHED else {}
-    family = InstanceLoss(spatial_dims=chosen.dims, rate_instead_number=True, **published)
-    loss = WeightedSum(family, **ARMS[arm])
+    options = {"gradients": "log"} if arm == WITH_LOG else published
+    # (Dice over the batch, as nnU-Net takes it: that of a patch without a lesion says next to nothing)
+    pixel = DiceCELoss(sigmoid=True, batch=True) if arm in (CE, WITH_TERMS, WITH_LOG) else None
+    family = InstanceLoss(pixel, spatial_dims=chosen.dims, rate_instead_number=True, **options)
+    loss = WeightedSum(family, **chosen.arms[arm])
     loss_of_first_half = WeightedSum(family) if arm == LATE else loss
     optimiser = torch.optim.Adam(network.parameters())
     cycle = torch.optim.lr_scheduler.OneCycleLR(optimiser, chosen.rate, total_steps=chosen.steps)
@@ -147,6 +167,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=3, help="runs of each arm (3)")
     parser.add_argument("--steps", type=int, help="steps of each run (2D: 300, 3D: 1000)")
     parser.add_argument(
+        "--empty", type=float, default=0.0, metavar="SHARE", help="share of training images without lesions (0)"
+    )
+    parser.add_argument(
         "--out", type=Path, default=Path("training"), metavar="FOLDER", help="what is written (training)"
     )
     parser.add_argument("--quick", action="store_true", help="tiny images, four steps: does everything work?")
@@ -162,27 +185,30 @@ def main(arguments: list[str] | None = None) -> None:
         value = getattr(given, name)
         if value is not None and value < 1:
             parser.error(f"--{name} must be at least 1, got {value}")
+    if not 0 <= given.empty < 1:
+        parser.error(f"--empty must be at least 0 and below 1, got {given.empty}")
     try:
         given.out.mkdir(exist_ok=True)
     except OSError as error:
         parser.error(f"--out: {error}")
 
-    chosen = setting(given.dims, given.seeds, given.steps, given.quick)
+    chosen = setting(given.dims, given.seeds, given.steps, given.quick, given.empty)
     where = surroundings()  # before training, while the code is what runs
     begin, used = time.perf_counter(), time.process_time()
     runs, pixels, example = [], [], {}
     with bars() as progress:
-        everything = progress.add_task("all runs", total=given.seeds * len(ARMS))
+        everything = progress.add_task("all runs", total=given.seeds * len(chosen.arms))
         images, labels = dataset(chosen, chosen.test_images, TEST_SEED)
         truth = labels[:, 0].numpy() == 1
         for seed in range(given.seeds):
-            data = dataset(chosen, chosen.training_images, seed)
+            data = dataset(chosen, chosen.training_images, seed, chosen.empty)
             found = {}
-            for arm in ARMS:
+            for arm in chosen.arms:
                 found[arm] = probabilities(train(arm, seed, data, chosen, progress), images)
                 progress.advance(everything)
-            found[BOTH] = (found[MISSED] + found[FALSE]) / 2
-            pixels.append(found[PIXEL])
+            if not chosen.empty:
+                found[BOTH] = (found[MISSED] + found[FALSE]) / 2
+                pixels.append(found[PIXEL])
             runs += [{"arm": arm, "seed": seed} | scores(found[arm], truth) for arm in found]
             example = example or found
     for pair, (one, other) in enumerate(combinations(pixels, 2)):

@@ -31,6 +31,16 @@ def cut(lanes: int, block: int) -> int:
     return -(-lanes // block)
 
 
+def warp_size() -> int:
+    """Threads of a warp on the current device: 32, on some of AMD's 64."""
+    return 32 if torch.version.hip is None else torch.cuda.get_device_properties(torch.cuda.current_device()).warp_size
+
+
+def threads(warps: int) -> int:
+    """Lanes of a program that has one for each thread of its warps."""
+    return warp_size() * warps
+
+
 def table_programs(rows: int) -> int:
     """Programs that share the rows of one sample's table."""
     return min(rows, INTERPRETED_PROGRAMS if INTERPRETED else TABLE_PROGRAMS)

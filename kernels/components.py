@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .blocks import block_size, coordinates, cut
+from .blocks import block_size, coordinates, cut, threads
 from .launches import launch
 from .numbering import REDUCE_WARPS, blocks_of, number, number_components
 from .propagation import propagate
@@ -37,7 +37,7 @@ from .propagation import propagate
 NODES_BLOCK = 128
 # One lane a thread: where a block has fewer lanes than threads, a value-returning atomic in a loop can repeat for ever;
 # with many more it takes over 200 registers. One warp, so that no lane waits at a barrier for another warp.
-MERGE_BLOCK, MERGE_WARPS = 32, 1
+MERGE_WARPS = 1
 
 
 @triton.jit
@@ -292,7 +292,7 @@ def _label(mask: Tensor) -> tuple[Tensor, Tensor]:
     num_cells = cells.shape[1]
     block = block_size(num_cells, NODES_BLOCK)
     launch(_nodes_kernel, (cut(num_cells, block), batch), mask, ids, cells, depth, height, width, num_cells, block)
-    block = block_size(num_cells, MERGE_BLOCK)
+    block = block_size(num_cells, threads(MERGE_WARPS))
     launch(
         _merge_kernel,
         (cut(num_cells, block), batch),

@@ -30,6 +30,8 @@ _hooks = triton.knobs.runtime if _VERSION >= (3, 4) else triton.compiler.Compile
 # Each size of an image has keys of its own. Whoever sees that many begins anew.
 MOST_KEPT = 8192
 
+_PLAIN = {int, float, bool, type(None)}
+
 _kept: dict[tuple[Any, ...], tuple[Any, ...]] = {}
 
 
@@ -41,14 +43,17 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, values: tuple[int, ..
     if not _IS_KNOWN or type(kernel) is not triton.JITFunction or _is_watched():
         kernel[grid](*values, *args, **options)
         return
-    device = driver.active.get_current_device()
-    key = [kernel.fn, device, *options.values()]
+    key = [kernel.fn, *options.values()]
     for arg in args:
         if type(arg) is Tensor:
             key += arg.dtype, arg.data_ptr() % 16 == 0
-        else:
+        elif type(arg) in _PLAIN:
             key.append(arg)
-    found = tuple(key)
+        else:
+            kernel[grid](*values, *args, **options)
+            return
+    device = driver.active.get_current_device()
+    found = (device, *key)
     kept = _kept.get(found)
     if kept is None:
         _keep(found, kernel[grid](*values, *args, **options))
@@ -73,7 +78,7 @@ def _is_watched() -> bool:
 
 def _keep(key: tuple[Any, ...], compiled: Any) -> None:
     """Keep what the first launch of a key returned, if that is what we think."""
-    if not isinstance(compiled, triton.compiler.CompiledKernel) or any(isinstance(part, Tensor) for part in key):
+    if not isinstance(compiled, triton.compiler.CompiledKernel):
         return
     if len(_kept) >= MOST_KEPT:
         _kept.clear()

@@ -37,7 +37,6 @@ KEPT: tl.constexpr = tl.constexpr(ops.KEPT)
 LABELS: tl.constexpr = tl.constexpr(ops.LABELS)
 # Warps of the kernel that puts pairs in: one, so that all its threads see one slot alike.
 SUMS_WARPS = 1
-THREADS: tl.constexpr = tl.constexpr(32 * SUMS_WARPS)
 # One lane a thread of two warps: a sample rarely has more labels or kept outputs.
 NEIGHBOURS_BLOCK, NEIGHBOURS_WARPS = 64, 2
 # Odd multipliers with well spread bits (from the golden ratio and from MurmurHash3), below 2^32, so that a product with
@@ -60,8 +59,11 @@ def _next(slot, slots):
 
 
 @triton.jit
-def insert_pair(pairs_ptr, out, lab, slots):
-    """Put a pair of rows into the hash table of `slots`, unless it is there or the table is full."""
+def insert_pair(pairs_ptr, out, lab, slots, THREADS: tl.constexpr):
+    """Put a pair of rows into the hash table of `slots`, unless it is there or the table is full.
+
+    By all THREADS of the program, one lane each.
+    """
     key, slot = _key_and_slot(out, lab, slots)
     empty = tl.zeros((THREADS,), tl.int64)
     probes = 0

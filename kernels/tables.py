@@ -46,9 +46,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import ops
+from .. import ops, quantities
 from .activation import NONE, NOT_FUSED, RAW, probability, seen_by_pixel
-from .blocks import adding_programs, block_size, cut, table_programs
+from .blocks import adding_programs, block_size, cut, table_programs, threads
 from .launches import launch
 from .pairs import SUMS_WARPS, insert_pair, sum_neighbours, sum_neighbours_backward
 from .quantities import phi, phi_derivative, sum_where
@@ -73,9 +73,9 @@ HARD: tl.constexpr = tl.constexpr(ops.HARD)
 NO_GRADIENT: tl.constexpr = tl.constexpr(ops.NO_GRADIENT)
 OF_MEAN: tl.constexpr = tl.constexpr(ops.OF_MEAN)
 OF_LOGARITHM: tl.constexpr = tl.constexpr(ops.OF_LOGARITHM)
-# For one warp (pairs.py), which reduces without barriers. A soft output has four numbers a voxel to keep instead of
-# one; in a block of 256, some would not fit the registers.
-SUMS_BLOCK, SOFT_SUMS_BLOCK = 256, 128
+# For one warp (pairs.py), which reduces without barriers. A soft output or a cross entropy has several numbers a voxel
+# to keep instead of one; in a block of 256, some would not fit the registers.
+SUMS_BLOCK, LONG_SUMS_BLOCK = 256, 128
 # Four voxels a thread of one warp, so that a block of background is found without a barrier.
 GRADIENT_BLOCK, GRADIENT_WARPS = 128, 1
 CLEAR_BLOCK = 256
@@ -139,6 +139,7 @@ def _sum_instances_kernel(
     NO_TP: tl.constexpr,
     ACTIVATION: tl.constexpr,
     BLOCK: tl.constexpr,
+    THREADS: tl.constexpr,
 ):
     sample = tl.program_id(1).to(tl.int64)
     B = tl.num_programs(1)
@@ -193,7 +194,7 @@ def _sum_instances_kernel(
                         tl.atomic_add(row_ptr + INTERSECTION, mass, sem="relaxed")
                         tl.atomic_add(row_ptr + COST, cost_1 if NO_TP else cost_1 - cost_0, sem="relaxed")
                         tl.atomic_add(row_ptr + OVERLAP, count, sem="relaxed")
-                        insert_pair(pairs_ptr + sample * pair_capacity, out, lab, pair_capacity)
+                        insert_pair(pairs_ptr + sample * pair_capacity, out, lab, pair_capacity, THREADS)
                 key = tl.where(here, 0, key)
 
 
@@ -348,7 +349,8 @@ def launch_sum_instances(
     """Sums by instance and by sample, the pairs that touch, for which there is room for `pairs`, and the rest."""
     (batch, *shape), (_, capacity, _), rest, device = x.shape, geometry.shape, sites[1].shape[1], x.device
     num_voxels = math.prod(shape)
-    block = block_size(num_voxels, SOFT_SUMS_BLOCK if activation == ops.NONE else SUMS_BLOCK)
+    several = activation == ops.NONE or quantity == quantities.CROSS_ENTROPY
+    block = block_size(num_voxels, LONG_SUMS_BLOCK if several else SUMS_BLOCK)
     blocks = cut(num_voxels, block)
     sizes = (2 * batch, capacity, ops.SUMS_COLUMNS), (batch, capacity), (batch, blocks, ops.SAMPLE_COLUMNS)
     sums, excess, parts = (torch.empty(size, dtype=torch.float64, device=device) for size in sizes)
@@ -365,7 +367,8 @@ def launch_sum_instances(
             programs = adding_programs(blocks) if activation == ops.NONE else blocks
             launch(_sum_instances_kernel, (programs, batch),
                 x, sites[0], counts, sums, excess, parts, where, touched,
-                num_voxels, capacity, pairs, rest, quantity, no_tp, activation, block, num_warps=SUMS_WARPS,
+                num_voxels, capacity, pairs, rest, quantity, no_tp, activation, block, threads(SUMS_WARPS),
+                num_warps=SUMS_WARPS,
             )  # fmt: skip
         sum_neighbours(where, geometry, excess, counts, parts, sums, sample_sums)
     return sums, sample_sums, where, touched

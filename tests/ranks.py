@@ -165,6 +165,33 @@ def steps_with_an_empty_rank(rank, device):
     return seen, [parameter.detach().cpu() for parameter in network.parameters()]
 
 
+# By how much logits are lowered: lesions are found, or the network is sure that there is nothing.
+SHIFTS = (0.0, 5.0, 10.0)
+
+
+def gradients_beside_an_empty_rank(rank, device):
+    """For each kind of gradients and each of SHIFTS the gradients of this rank alone, and those that DDP makes.
+
+    The patches of rank 1 have no lesion.
+    """
+    images, labels = patches(4, (12, 12, 12))
+    if rank == 1:
+        images, labels = images - labels, 0 * labels
+    results = {}
+    for kind in ("surrogate", "log"):
+        loss = WeightedSum(InstanceLoss(rate_instead_number=True, gradients=kind))
+        for shift in SHIFTS:
+            network = torch.nn.parallel.DistributedDataParallel(tiny_network().to(device))
+            found = []
+            for together in (False, True):
+                network.zero_grad()
+                with contextlib.nullcontext() if together else network.no_sync():
+                    loss(network(images.to(device)) - shift, labels.to(device)).backward()
+                found.append(gradients(network))
+            results[kind, shift] = found
+    return results
+
+
 def run_recipe(rank, block):
     """Run a block of docs/recipes.md; the gradients of its network, and how many voxels its labels have."""
     variables = {"__name__": "__main__"}

@@ -105,12 +105,9 @@ def test_any_dtype_is_a_mask(dtype):
             connected_components(mask * 3)
 
 
-def test_sparse_and_dense_ways_agree(monkeypatch):
-    """The CPU backend joins runs where foreground is rare and asks SciPy elsewhere."""
-    from triton_instance_loss.cpu import components
-
-    mask = torch.rand(3, 1, 9, 14, 11) < 0.3
-    monkeypatch.setattr(components, "SPARSE_FRACTION", 0)
-    dense = connected_components(mask)
-    monkeypatch.setattr(components, "SPARSE_FRACTION", 1)
-    assert torch.equal(connected_components(mask), dense)
+@pytest.mark.parametrize("density", [0.02, 0.1, 0.3, 0.5, 0.9])
+@pytest.mark.parametrize("shape", [(3, 1, 9, 14, 11), (2, 1, 37, 29), (2, 1, 1, 1, 50), (2, 1, 50, 1, 1)])
+def test_noise(density, shape):
+    """Few runs and many, that meet at once or late: each line and each plane begins anew."""
+    mask = torch.rand(shape, generator=torch.Generator().manual_seed(0)) < density
+    assert torch.equal(connected_components(mask).long(), reference_components(mask).long())

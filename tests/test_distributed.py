@@ -71,6 +71,24 @@ def test_a_rank_with_an_empty_patch_leaves_nobody_waiting(device, tmp_path):
     assert full["all terms", "both"][0] != empty["all terms", "both"][0]
 
 
+def test_a_rank_without_lesions_weighs_no_more_than_the_others(device, tmp_path):
+    """Its own gradient is at most three times that of the rank with lesions, where both have false outputs.
+
+    Where nothing is found it is far smaller. (It was 1e7 times as large when hard outputs had a gradient everywhere.)
+    """
+    full, empty = ranks.run_ranks(ranks.gradients_beside_an_empty_rank, tmp_path, device.type)
+    assert len(full) == 2 * len(ranks.SHIFTS)
+    for case, (own, joint) in full.items():
+        of_empty, same = empty[case]
+        torch.testing.assert_close(joint, same, rtol=0, atol=0)
+        for grads in (own, of_empty, joint):
+            assert len(grads) == 4
+            assert all(grad.isfinite().all() for grad in grads), case
+        assert all(grad.any() for grad in joint), case
+        norm, norm_of_empty = (torch.cat([grad.flatten() for grad in grads]).norm() for grads in (own, of_empty))
+        assert norm_of_empty <= 3 * norm, case
+
+
 def sleep(rank):
     time.sleep(600)
 

@@ -176,7 +176,38 @@ def test_train_synthetic(run_here, tmp_path, dims):
         assert table.count(f"\n| {arm} |") + table.startswith(f"| {arm} |") == 2
 
 
-@pytest.mark.parametrize("results", ["results.json", "steps_900/results.json"])
+def test_train_synthetic_on_empty_images(run_here, tmp_path):
+    """The share is in the stored setting and under the tables; arms are Dice + CE and the terms added to it."""
+    arguments = ("--quick", "--seeds", 1, "--steps", 2, "--empty", 0.75, "--out", "trained")
+    printed = printed_by(run_here("train_synthetic.py", *arguments))
+    results = json.loads((tmp_path / "trained" / "results.json").read_text())
+    assert results["setting"]["empty"] == 0.75
+    arms = [run["arm"] for run in results["runs"]]
+    assert arms[:3] == ["Dice + CE", "Dice + CE + terms", "Dice + CE + terms, log"]
+    assert all(sum(run["labels_by_size"]) > 0 for run in results["runs"])
+    assert "75 % of the training images empty" in " ".join(printed.split())
+    assert all(arm in printed for arm in arms)
+    for picture in ("training.png", "training_example.png"):
+        assert_picture(tmp_path / "trained" / picture)
+
+
+def test_the_share_of_empty_images(monkeypatch):
+    """Of 10 images; one always has lesions, and without empty images they are those of before there was a choice."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    import train_synthetic
+
+    chosen = train_synthetic.setting(2, 1, None, True, 0.0)
+    images, labels = train_synthetic.dataset(chosen, 10, seed=0)
+    assert labels.flatten(1).any(1).all()
+    assert labels[0].sum() == 221
+    for share, without in ((0.5, 5), (0.8, 8), (0.99, 9)):
+        background, drawn = train_synthetic.dataset(chosen, 10, seed=0, empty=share)
+        assert (~drawn.flatten(1).any(1)).sum() == without
+        assert background.shape == images.shape
+        assert background[:without].amax() < images.amax()
+
+
+@pytest.mark.parametrize("results", ["results.json", "steps_900/results.json", "empty/results.json"])
 def test_the_page_quotes_the_stored_training(run_here, results):
     page = ROOT / "docs" / "training.md"
     stored = printed_by(run_here("train_synthetic.py", "--table", page.parent / "training" / results))
@@ -188,6 +219,9 @@ def test_train_synthetic_errors(run_here, tmp_path):
     for arguments, words in (
         (("--seeds", 0), ("--seeds", "at least 1", "0")),
         (("--dims", 4), ("--dims", "4")),
+        (("--empty", 1), ("--empty", "at least 0 and below 1", "1.0")),
+        (("--empty", -0.1), ("--empty", "at least 0 and below 1", "-0.1")),
+        (("--empty", "nan"), ("--empty", "at least 0 and below 1", "nan")),
         (("--out", "nowhere/trained"), ("--out", "nowhere")),
         (("--table", "other.json"), ("--table", "no results", "other.json")),
     ):

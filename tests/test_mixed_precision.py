@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 from monai.losses import DiceLoss
-from training import fell, patches, tiny_network
+from training import fell, mostly_empty, patches, tiny_network
 
 from triton_instance_loss import InstanceLoss, WeightedSum, connected_components
 
@@ -131,6 +131,34 @@ def test_trains_under_autocast_with_a_scaler(device, dtype):
         losses.append(value.item())
     assert scaler.get_scale() == SCALE
     assert fell(losses)
+
+
+@pytest.mark.parametrize("gradients", ["surrogate", "log"])
+@pytest.mark.parametrize("shift", [0.0, 5.0, 10.0], ids="{:g} lower".format)
+def test_empty_patches_leave_the_scale_where_it_is(device, gradients, shift):
+    """Batches of which most patches, or all, have no lesion: no step is skipped, however sure the network is."""
+    images, labels = (volume.to(device) for volume in mostly_empty(10, (12, 12, 12)))
+    network = tiny_network().to(device)
+    with torch.no_grad():
+        network[-1].bias -= shift
+    loss = WeightedSum(InstanceLoss(rate_instead_number=True, gradients=gradients), proximity=0.01)
+    optimiser = torch.optim.Adam(network.parameters(), lr=0.03)
+    scaler = torch.amp.GradScaler(device.type, init_scale=SCALE)
+    order = torch.Generator().manual_seed(0)
+    lesions = []
+    for _ in range(15):
+        batch = torch.randperm(len(images), generator=order)[:2]
+        optimiser.zero_grad()
+        with torch.autocast(device.type, dtype=torch.float16):
+            value = loss(network(images[batch]), labels[batch])
+        scaler.scale(value).backward()
+        scaler.unscale_(optimiser)
+        assert all(parameter.grad.isfinite().all() for parameter in network.parameters())
+        scaler.step(optimiser)
+        scaler.update()
+        lesions.append(bool(labels[batch].any()))
+    assert scaler.get_scale() == SCALE
+    assert set(lesions) == {False, True}
 
 
 def large_patch():

@@ -46,7 +46,8 @@ def python(code, **environment):
 def test_import_brings_in_nothing_heavy():
     loaded = python(
         "import sys, triton_instance_loss, triton_instance_loss.functional, triton_instance_loss.nnunet\n"
-        "print([name for name in ('triton', 'monai', 'nnunetv2', 'scipy', 'matplotlib') if name in sys.modules])"
+        "heavy = ('triton', 'monai', 'nnunetv2', 'numba', 'scipy', 'matplotlib')\n"
+        "print([name for name in heavy if name in sys.modules])"
     )
     assert loaded.strip() == "[]"
 
@@ -73,6 +74,19 @@ def test_cpu_way_works_without_triton():
         TRITON_INSTANCE_LOSS_BACKEND="",
     )
     assert "[1, 1, 8, 8, 8]" in printed
+
+
+def test_cpu_way_works_where_nothing_can_be_kept():
+    """No folder for what Numba compiles: it compiles in each process."""
+    printed = python(
+        "import torch\n"
+        "from numba.core import caching\n"
+        "caching.CacheImpl._locator_classes = []\n"
+        "from triton_instance_loss import connected_components\n"
+        "print(connected_components(torch.tensor([[[[1, 1, 0, 1]]]])).tolist())",
+        TRITON_INSTANCE_LOSS_BACKEND="",
+    )
+    assert "[[[[2, 2, 0, 4]]]]" in printed
 
 
 def imported_rooms(path):

@@ -1,4 +1,4 @@
-"""What docs/gradients.md says of the gradients holds, and each row of docs/differences.md does what it says."""
+"""What docs/gradients.md says holds; each row of docs/differences.md and line of docs/troubleshooting.md does, too."""
 
 import doctest
 import re
@@ -74,14 +74,110 @@ def test_surrogate_gradients_in_the_situations(figure):
     assert not here["center"][figure["discs"](figure["OUTPUTS"])[0, 0] == 0].any()
 
 
+def pulls(gradients, logit):
+    """Total pull by the logits on a label of 27 voxels that is missed, and push on such an output that is false."""
+    box = torch.zeros(1, 1, 32, 32, 32, dtype=torch.float64)
+    box[..., 4:7, 9:12, 20:23] = 1
+    found = []
+    for x, labels, name in (
+        (torch.where(box == 1, logit, -30.0), box, "missed_instances"),
+        (torch.where(box == 1, -logit, -30.0), 0 * box, "false_instances"),
+    ):
+        x = x.double().requires_grad_()
+        term = getattr(InstanceLoss(gradients=gradients)(x, labels), name)
+        assert term == 1
+        (gradient,) = torch.autograd.grad(term, x)
+        assert not gradient[box == 0].any()
+        found.append(abs(gradient.sum().item()))
+    return found
+
+
+def test_the_table_of_pulls():
+    page = (ROOT / "docs" / "gradients.md").read_text()
+    rows = re.findall(r"^\| (-\d+) \| (.+) \|$", page, re.M)
+    assert [int(logit) for logit, _ in rows] == [-2, -8, -12]
+    for logit, cells in rows:
+        p = torch.tensor(float(logit), dtype=torch.float64).sigmoid().item()
+        both = [pulls(gradients, float(logit)) for gradients in ("surrogate", "log")]
+        assert all(missed == pytest.approx(false) for missed, false in both)
+        numbers = (p, both[0][0], both[1][0], (1 - p) * 27 / 32**3)
+        assert cells == " | ".join(f"{number:.1e}" for number in numbers)
+
+
+def test_log_gives_each_missed_label_the_same_total():
+    """Of two labels, of 27 voxels and of 1, by the logits."""
+    labels = torch.zeros(1, 1, 12, 12, 12)
+    labels[..., 1:4, 1:4, 1:4] = labels[..., 8, 8, 8] = 1
+    x = torch.full_like(labels, -9.0).requires_grad_()
+    (gradient,) = torch.autograd.grad(InstanceLoss(gradients="log")(x, labels).missed_instances, x)
+    assert (
+        gradient[..., :6, :, :].sum().item()
+        == pytest.approx(gradient[..., 8, 8, 8].item())
+        == pytest.approx(-1, abs=1e-3)
+    )
+
+
+def test_only_false_and_missed_differ_between_the_two_ways(figure):
+    surrogate, log = (
+        figure["gradients"](**figure["MODES"][mode]) for mode in ('here, "sigmoid"', 'here, "sigmoid", "log"')
+    )
+    different = {name for name, gradient in surrogate.items() if not torch.equal(gradient, log[name])}
+    assert different == {"false_instances", "missed_instances"}
+
+
+@pytest.mark.parametrize("gradients", ["surrogate", "log"])
+@pytest.mark.parametrize("activation", ["sigmoid", "softmax"])
+def test_instance_terms_act_on_instances_alone(activation, gradients):
+    """An empty patch has no gradient, though its terms are connected; beside an instance nothing has one."""
+    channels = 2 if activation == "softmax" else 1
+    x = torch.randn(3, channels, 9, 9, 9, generator=torch.Generator().manual_seed(0)) - 8 * torch.ones(channels)[-1]
+    if channels == 2:
+        x[:, 0] += 16
+    labels = torch.zeros(3, 1, 9, 9, 9)
+    labels[1, :, 2:4, 2:4, 2:4] = 1  # a missed label
+    x[2, -1, 5:7, 5:7, 5:7] = 20.0  # a false output
+    x.requires_grad_()
+    loss = InstanceLoss(activation=activation, num_out_chn=channels, gradients=gradients)
+    instances = labels.clone()
+    instances[2, :, 5:7, 5:7, 5:7] = 1
+    for name, term in loss(x, labels)._asdict().items():
+        if name != "pixel":
+            assert term.requires_grad
+            (gradient,) = torch.autograd.grad(term, x, retain_graph=True)
+            assert not gradient.masked_fill(instances == 1, 0).any(), name
+            assert name != "missed_instances" or gradient[1].any()
+
+
 def test_each_row_of_the_differences():
     """Every row has its block; what a block prints is what the page says."""
     rows = re.findall(r"^\| (\d+) \|", PAGE, re.M)
     shown = re.findall(r"^(\d+) .+\n\n```pycon$", PAGE, re.M)
     assert rows == shown == [str(number + 1) for number in range(len(rows))]
-    blocks = "\n".join(re.findall(r"^```pycon\n(.*?)^```", PAGE, re.M | re.S))
-    test = doctest.DocTestParser().get_doctest(blocks, {}, "docs/differences.md", None, None)
-    printed = []
-    failed, tried = doctest.DocTestRunner().run(test, out=printed.append)
+    tried = run_blocks("differences.md")
     assert tried > len(rows)
+
+
+def run_blocks(name):
+    """Run the lines of a page, one after the other; what they print is what it says. How many there were."""
+    page = (ROOT / "docs" / name).read_text()
+    blocks = "\n".join(re.findall(r"^```pycon\n(.*?)^```", page, re.M | re.S))
+    test = doctest.DocTestParser().get_doctest(blocks, {}, f"docs/{name}", None, None)
+    printed = []
+    failed, tried = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(test, out=printed.append)
     assert not failed, "".join(printed)
+    return tried
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_troubleshooting():
+    """Its lines, a block for each symptom; it is linked, and links to headings that are there."""
+    page = (ROOT / "docs" / "troubleshooting.md").read_text()
+    for section in re.split(r"^## ", page, flags=re.M)[1:]:
+        assert "```pycon" in section, section.splitlines()[0]
+    assert run_blocks("troubleshooting.md") > 20
+    assert "docs/troubleshooting.md" in (ROOT / "README.md").read_text()
+    assert "troubleshooting.md" in (ROOT / "docs" / "recipes.md").read_text()
+    for target, heading in re.findall(r"\]\((\w*\.?m?d?)#([\w-]+)\)", page):
+        text = (ROOT / "docs" / (target or "troubleshooting.md")).read_text()
+        headings = [line[3:].lower().replace(" ", "-") for line in text.splitlines() if line.startswith("## ")]
+        assert heading in headings, (target, heading)

@@ -107,6 +107,34 @@ def test_threshold(recipe):
     assert apart == [0, 0]
 
 
+def test_threshold_with_softmax():
+    """A lesion of probability 0.6 is an output from 1/2 on, and none from 0.7 on; None is 1 / num_out_chn."""
+    labels = torch.zeros(1, 1, 9, 9)
+    labels[..., 3:6, 3:6] = 1
+    logits = torch.cat([0 * labels, torch.where(labels == 1, torch.tensor(0.6).logit(), -6.0)], 1)
+    missed = {}
+    for threshold in (None, 0.5, 0.7):
+        loss = InstanceLoss(activation="softmax", num_out_chn=2, spatial_dims=2, segmentation_threshold=threshold)
+        missed[threshold] = loss(logits, labels).missed_instances.item()
+    assert missed == {None: 0, 0.5: 0, 0.7: 1}
+
+
+def test_absent_classes_do_not_disturb_the_others():
+    """Of four classes one is there; the gradient is a third of what it is alone, and small."""
+    numbers = torch.zeros(1, 1, 12, 12, dtype=torch.long)
+    numbers[..., 3:6, 3:6] = 1
+    logits = torch.zeros(1, 4, 12, 12)
+    logits[:, 0] = 9.0
+    grads = []
+    for classes in ((1, 2, 3), (1,)):
+        x = logits.clone().requires_grad_()
+        options = {"activation": "softmax", "num_out_chn": 4, "object_chn": classes, "to_onehot_y": True}
+        loss = WeightedSum(InstanceLoss(rate_instead_number=True, spatial_dims=2, **options), pixel=0)
+        grads.append(torch.autograd.grad(loss(x, numbers), x)[0])
+    torch.testing.assert_close(3 * grads[0], grads[1])
+    assert 0 < grads[1].norm() < 1
+
+
 def test_deep_supervision(recipe):
     variables, _ = recipe("Deep supervision")
     outputs, labels, loss = variables["outputs"], variables["labels"], variables["instances"]

@@ -18,6 +18,14 @@ def patches(count, shape, seed=0):
     return labels + 0.2 * torch.randn(labels.shape, generator=generator), labels
 
 
+def mostly_empty(count, shape, share=0.8, seed=0):
+    """The same, but a share of the patches, the first ones, has no lesion."""
+    images, lesions = patches(count, shape, seed)
+    labels = lesions.clone()
+    labels[: round(share * count)] = 0
+    return images - lesions + labels, labels
+
+
 def tiny_network(dims=3, seed=0):
     """Two convolutions, with the same weights for the same seed."""
     torch.manual_seed(seed)

@@ -95,10 +95,10 @@ def check_and_widen(
 
 
 def _whole(ids: Tensor) -> Tensor:
-    """Given ids as int64; looked at where that is free, or under the debug switch."""
+    """Given ids as int32 if they are, else as int64; looked at where that is free, or under the debug switch."""
     # (uint64 wraps, and shows as negative)
     ids = ids if ids.dtype == torch.uint64 else widen(ids)
-    whole = ids.long()
+    whole = ids if ids.dtype == torch.int32 else ids.long()
     if checks.debugging(ids):
         checks.component_ids(ids if ids.is_floating_point() else whole)
     return whole

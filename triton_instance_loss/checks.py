@@ -271,7 +271,7 @@ def _is_traced(value: Tensor) -> bool:
 
 def component_ids(ids: Tensor) -> None:
     """Precomputed components are 0 or positive whole numbers."""
-    lowest = ids.amin()
+    lowest = ids.min()  # of int64 several times as fast as amin
     broken = lowest if not bool(lowest >= 0) else None  # catches NaN too
     if broken is None and ids.is_floating_point():
         outside = (ids != ids.trunc()) | (ids >= 2.0**63)

@@ -133,8 +133,8 @@ def _evaluate(
         if wanted.wants_instances and instance_form is None:
             volumes = slow.volumes(x, carrier, found, options)
             values = slow.instance_values(volumes, found, instance, options)
-        elif wanted.wants_instances and wanted.quantity == quantities.CROSS_ENTROPY and not options.hard:
-            checks.probabilities("loss_function_instance", x)
+        elif wanted.wants_instances and wanted.quantity == quantities.CROSS_ENTROPY:
+            _look_at_cross_entropy(x, options)
         health = found.health
         if looked_at is not x:  # after a softmax, infinity no longer shows
             health = health * health_of(looked_at, truth)
@@ -144,6 +144,19 @@ def _evaluate(
             *found.sites, found.pairs,
         )  # fmt: skip
         return _Evaluated(slow_terms, fused, terms, total if weights else None)
+
+
+def _look_at_cross_entropy(x: Tensor, options: Options) -> None:
+    """Cross entropy of instances wants outputs in [0, 1], and away from both ends."""
+    if not options.hard:
+        checks.probabilities("loss_function_instance", x)
+    elif options.surrogate and not torch.compiler.is_compiling():
+        message = (
+            "loss_function_instance is a cross entropy, whose derivative is 1e12 at outputs of 0 and 1, which "
+            f"activation={options.activation!r} makes. Take another criterion, such as Dice, or probabilities and "
+            'activation="none".'
+        )
+        checks.warn_once(options, "cross entropy", message)
 
 
 def _say_what_is_capped(found: Found, options: Options) -> None:

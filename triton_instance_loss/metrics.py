@@ -164,11 +164,13 @@ def instance_metrics(
         pixel = ops.NOT_FUSED, quantities.MASS
         found = find(x, truth, given.ids, pixel, options)
         matches = _match_by_overlap(x, found) if matching == "overlap" else _match_by_iou(x, found, iou_threshold)
+        health = found.health
         num_outputs, num_labels = found.counts[ops.OUTPUTS].double(), found.counts[ops.LABELS].double()
         metrics = _from_matches(num_outputs, num_labels, matches)
         shape = (len(given.outputs), len(options.classes))
         looked_at = given.outputs.flatten(1)[:, None] if activation == "softmax" else x.view(*shape, -1)
-        health = health_of(looked_at, truth.view(*shape, -1), dim=2)
+        all_well = activation != "softmax" and rows_of_tables(x, 1) == 0 and bool(health == 1)  # where looking is free
+        health = health if all_well else health_of(looked_at, truth.view(*shape, -1), dim=2)
         of_classes = (value.view(shape).to(x.dtype) * health for value in metrics)
         single = isinstance(options.object_chn, int)
         return InstanceMetrics(*(value[:, 0] if single else value for value in of_classes))
@@ -204,16 +206,19 @@ def _match_by_iou(x: Tensor, found: Found, threshold: float) -> _Matches:
 
     So it is the median of the labels that the voxels of its output lie on: sort those, and look at the middle.
     """
-    _, _, out_rows, lab_rows = (volume.flatten(1) for volume in ops.row_maps(x, list(found.sites)))
     out_sizes, lab_sizes = found.geometry[:, :, ops.SIZE].chunk(2)
     batch, rows = out_sizes.shape
     # One key for each pair of rows, in the order of outputs and then of labels; 0 where either has none.
     base = rows + 1
-    keys = torch.where((out_rows > 0) & (lab_rows > 0), out_rows.long() * base + lab_rows, 0)
-    if rows_of_tables(x, rows) == 0:  # shapes may depend on data
-        some = keys.any(dim=0)
-        some[0] = True
-        keys = keys[:, some]
+    if rows_of_tables(x, rows) == 0:  # shapes may depend on data, and sites are lists of voxels
+        (voxels,), sides = found.sites
+        both = (sides > 0).all(dim=0)
+        sample, (out_rows, lab_rows) = voxels[both] // x[0].numel(), sides[:, both].long()
+        keys = torch.where(sample == torch.arange(batch)[:, None], out_rows * base + lab_rows, 0)
+        keys = torch.nn.functional.pad(keys, (1, 0))
+    else:
+        _, _, out_rows, lab_rows = (volume.flatten(1) for volume in ops.row_maps(x, list(found.sites)))
+        keys = torch.where((out_rows > 0) & (lab_rows > 0), out_rows.long() * base + lab_rows, 0)
     keys = keys.sort(dim=1).values
     # Where the keys of each output begin, and those of the next one.
     begins = torch.searchsorted(keys, (base * torch.arange(1, rows + 2, device=x.device)).repeat(batch, 1))

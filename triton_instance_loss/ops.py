@@ -7,7 +7,7 @@ stands in a row beyond the count is undefined. A table of both sides, (2 B, capa
 There may be more outputs than that, `rest` at most; they are only counted, and false or not (instances.py says why).
 CPU tensors go to `cpu/`, CUDA tensors to `kernels/`, which have the same rooms. The environment variable
 `TRITON_INSTANCE_LOSS_BACKEND` (`cpu` or `triton`), read at each call, overrides that. This module imports neither
-Triton nor SciPy.
+Triton nor Numba.
 """
 
 import functools
@@ -77,15 +77,15 @@ SLOPES_COLUMNS = 5
 # them, and of the criterion of the whole sample by intersection and prediction.
 PIXEL_BY_INTERSECTION, PIXEL_BY_PREDICTION, BY_LABEL, BY_OUTPUT, BY_DISTANCE, BY_MISTAKE = range(6)
 WHOLE_BY_INTERSECTION, WHOLE_BY_PREDICTION, SAMPLE_SLOPES_COLUMNS = 6, 7, 8
-# The sites of the CPU backend (int64), one column each: the voxels of either foreground, in linear order, with their
-# groups; and the groups, with what cpu/instances.py says. Columns at the end that are not used hold -1.
-SITE_LINES, GROUP_LINES = 2, 5
+# The sites of the CPU backend: the voxels of either foreground and those with a label, by their index in the batch, in
+# that order, (1, voxels) int64; and of each its rows in both sides (2, voxels) int32, -1 for foreground in no instance.
+# Columns at the end that are not used hold -1.
 
 _library = torch.library.Library("triton_instance_loss", "DEF")
 
 _SCHEMAS = {
-    # x float32 or float64, labels of any real dtype but half (y where above 0.5), precomputed ids (int64, 0 outside y)
-    # or none
+    # x float32 or float64, labels of any real dtype but half (y where above 0.5), precomputed ids (int32 or int64; on
+    # CUDA 0 outside y, on the CPU not looked at there) or none
     # -> sites: where the foreground is, and which instances it belongs to, as the same backend's operators below want
     # it; sums (B, 3) float64 of u * w, phi(u, w) and truth w of the pixel term, zeros with pixel=-1; health,
     # 0-d float64: 1, or NaN if any x is not finite or any label not in [-0.5, 1.5]; counts (3, B) int32 (outputs, kept
@@ -216,7 +216,7 @@ def _fake_find(
 ) -> tuple[list[Tensor], Tensor, Tensor, Tensor, Tensor]:
     batch, *shape = x.shape
     if backend(x) == "cpu":
-        sites = [x.new_empty((lines, x.numel()), dtype=torch.int64) for lines in (SITE_LINES, GROUP_LINES)]
+        sites = [x.new_empty((1, x.numel()), dtype=torch.int64), x.new_empty((2, x.numel()), dtype=torch.int32)]
     else:
         sites = [x.new_empty(size, dtype=torch.int32) for size in ((2 * batch, *shape), (batch, rest))]
     return (

@@ -1,13 +1,17 @@
-"""Activation on the CPU: the foreground of both sides, the sums of the pixel term, and their derivatives.
+"""Activation on the CPU: where the foreground of both sides is, the sums of the pixel term, and its gradient elsewhere.
 
-A pass over a volume costs as much as all that is done with the few voxels it finds, so there are few, and each works on
-a part that stays in the cache. What is looked at first is the largest output of each block of voxels: most blocks are
-background. The sigmoid is taken only where it can decide or matters.
+At a voxel, with x the volume, p = sigmoid(x) where that is the activation and x elsewhere, t the threshold:
+
+    foreground = [p >= t], but [x == 1] without activation if t <= 0
+    y          = [label > 0.5]
+
+NaN compares as false, so it is background. Since p grows with x, one pass compares x with the least output that is
+foreground. Voxels where a label is not 0 are *places*, too. Passes over every voxel give what the pixel term is if
+nothing is true, and loops over places what is there.
 """
 
-import itertools
+import functools
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,150 +19,160 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..ops import HARD, NONE, NOT_FUSED, PROBABILITY, SAMPLE_COLUMNS, SIGMOID
-from ..quantities import MASS, SQUARE, phi, phi_derivative
+from .. import ops, quantities
+from ..ops import HARD, NOT_FUSED, PROBABILITY, RAW
+from . import compiled
+from .quantities import phi, phi_derivative, truth
 
-# Relative error that a computed sigmoid surely does not have: what is farther below the threshold need not be computed.
-SIGMOID_ERROR = 1e-5
 # Voxels of which a pass computes formulas at once: so many that all threads have work, so few that what stands in
 # between needs no new memory from the system, whose pages take longer to touch than the formulas.
-CHUNK = 2**20
-# Voxels whose largest output is asked first: where it is background, all of them are.
-BLOCK = 64
+CHUNK = 2**17
+OUT, LAB = 1, 2  # bits of a mark: a is foreground, y is; 4: the label is not 0
 Indices = NDArray[np.int64]
-Mask = NDArray[np.bool_]
+Rows = NDArray[np.int32]
+Marks = NDArray[np.uint8]
 Numbers = NDArray[np.float64]
-Formula = Callable[[int, Tensor, Tensor | float], Tensor]
 
 
-class Foreground(NamedTuple):
-    """The voxels of either side's foreground, and what is there."""
-
-    voxels: Indices  # by their index in the batch, ascending
-    x: NDArray[Any]
-    p: NDArray[Any]  # the probability, or x where there is none
-    labels: NDArray[Any]
-    out: Mask  # whether a is foreground
-    lab: Mask  # whether y is; where neither is, labels are between 0 and foreground
-
-
-def find_foreground(x: Tensor, labels: Tensor, activation: int, threshold: float) -> Foreground:
-    """The foreground of both sides."""
-    values, truths = x.view(-1), labels.view(-1)
-    threshold = float(x.numpy().dtype.type(threshold))  # once for all: a tiny one may become 0
-    low = _least(threshold, activation)
-    parts = zip(values.split(CHUNK), truths.split(CHUNK), strict=True)
-    found = [_candidates(*part, low) + number * CHUNK for number, part in enumerate(parts)]
-    voxels = np.concatenate(found)
-    there, labels_there = values.numpy()[voxels], truths.numpy()[voxels]
-    p = probability(torch.from_numpy(there), activation).numpy()
-    out = p == 1 if activation == NONE and threshold <= 0 else p >= threshold
-    foreground = Foreground(voxels, there, p, labels_there, out, labels_there > 0.5)
-    sure = out | (labels_there != 0)
-    return foreground if sure.all() else Foreground(*(each[sure] for each in foreground))
-
-
-def _least(threshold: float, activation: int) -> float:
-    """What an output is at least that may be foreground."""
-    if threshold <= 0:
-        return 1.0 if activation == NONE else -math.inf
-    if activation != SIGMOID:
+@functools.lru_cache(maxsize=64)
+def _least(threshold: float, activation: int, name: str) -> Any:
+    """The least output that is foreground, in the dtype that is named."""
+    dtype = np.dtype(name).type
+    threshold = dtype(threshold)  # as PyTorch and NumPy compare: a tiny one may become 0
+    if activation != ops.SIGMOID:
         return threshold
-    low = threshold * (1.0 - SIGMOID_ERROR)
-    return math.log(low / (1.0 - low))
+    if threshold <= 0:
+        return dtype(-math.inf)
+    low, high = dtype(-1000.0), dtype(1000.0)
+    with np.errstate(over="ignore"):
+        while low < (middle := (low + high) / 2) < high:
+            low, high = (low, middle) if 1 / (1 + np.exp(-middle)) >= threshold else (middle, high)
+    return high
 
 
-def _candidates(values: Tensor, truths: Tensor, low: float) -> Indices:
-    """The voxels where labels are not 0 or outputs at least `low`."""
-    # A cast and maxima of blocks are several times faster than PyTorch's comparisons, and than NumPy's in one thread.
-    some = truths.to(torch.bool, copy=True).numpy()
-    whole = len(values) // BLOCK * BLOCK
-    blocks = values[:whole].view(-1, BLOCK)
-    low = values.numpy().dtype.type(low)
-    high = np.flatnonzero(~(blocks.amax(1).numpy() < low))  # the largest of a block may be NaN
-    some[:whole].reshape(-1, BLOCK)[high] |= blocks.numpy()[high] >= low
-    some[whole:] |= values[whole:].numpy() >= low
-    return nonzero(some.view(np.uint8))
+@compiled
+def _mark(
+    x: NDArray[Any], labels: NDArray[Any], least: float, only_ones: bool, limits: NDArray[Any], marks: Marks
+) -> tuple[int, bool]:
+    """Mark all voxels; how many places there are, and whether all is as it must be."""
+    lowest, half, highest, places, broken = limits[0], limits[1], limits[2], 0, 0
+    for voxel in range(len(x)):
+        value, label = x[voxel], labels[voxel]
+        out = (value == 1) if only_ones else (value >= least)
+        mark = np.uint8(out) | np.uint8(label > half) << np.uint8(1) | np.uint8(label != 0) << np.uint8(2)
+        marks[voxel] = mark
+        places += mark != 0
+        broken += not ((abs(value) < np.inf) & (label >= lowest) & (label <= highest))
+    return places, broken == 0
 
 
-def nonzero(flat: NDArray[np.uint8]) -> Indices:
-    """`np.flatnonzero` of bytes that are mostly 0: eight at once are looked at first."""
-    whole = len(flat) // 8 * 8
-    words = flat[:whole].view(np.uint64)
-    some = np.flatnonzero(words != 0)
-    inside = np.flatnonzero(words[some].view(np.uint8) != 0)
-    found = some[inside >> 3] * 8 + (inside & 7)
-    return np.append(found, whole + np.flatnonzero(flat[whole:]))
+@compiled
+def collect(marks: Marks, count: int) -> tuple[Indices, Marks]:
+    """The `count` voxels whose mark is not 0, and their marks; eight at once are looked at first."""
+    words = marks[: len(marks) // 8 * 8].view(np.uint64)
+    voxels, there, place = np.empty(count + 1, np.int64), np.empty(count + 1, np.uint8), 0
+    for word in range(len(words) + 1):
+        rest = word == len(words)
+        if rest or words[word] != 0:
+            for voxel in range(8 * word, len(marks) if rest else 8 * word + 8):
+                voxels[place], there[place] = voxel, marks[voxel]
+                place += marks[voxel] != 0
+    return voxels[:count], there[:count]
 
 
-def probability(x: Tensor, activation: int) -> Tensor:
-    """The probability, or x where there is none, elementwise."""
-    return torch.sigmoid(x) if activation == SIGMOID else x
+def find_foreground(x: Tensor, labels: Tensor, activation: int, threshold: float) -> tuple[Indices, Marks, bool]:
+    """The places of both sides, ascending; their marks; and whether all x are finite and all labels in [-0.5, 1.5]."""
+    values, truths = x.numpy().reshape(-1), labels.numpy().reshape(-1)
+    truths = truths.view(np.uint8) if truths.dtype == np.bool_ else truths
+    limits = np.array([-0.5, 0.5, 1.5]).astype(truths.dtype)  # of whole numbers 0, 0, 1
+    marks, least = np.empty(len(values), dtype=np.uint8), _least(threshold, activation, values.dtype.name)
+    count, healthy = _mark(values, truths, least, activation == ops.NONE and least <= 0, limits, marks)
+    return *collect(marks, count), healthy
 
 
-def pixel_sums(x: Tensor, foreground: Foreground, activation: int, pixel: int, quantity: int) -> tuple[Tensor, Tensor]:
-    """Sums of the pixel term, (B, 3) float64, and the health of `x` and the labels."""
-    volumes = x.flatten(1)
-    of_all = volumes.sum(1)  # not finite if anything in it is not; or, rarely, too large
-    healthy = bool(of_all.isfinite().all()) or bool(x.isfinite().all())
-    healthy = healthy and bool(((foreground.labels >= -0.5) & (foreground.labels <= 1.5)).all())
-    health = torch.tensor(1.0 if healthy else math.nan, dtype=torch.float64)
-    sums = np.zeros((len(x), SAMPLE_COLUMNS))
-    if pixel == NOT_FUSED:
-        return torch.from_numpy(sums), health
-    # What all voxels add as if nothing were true, ...
-    soft = pixel == PROBABILITY and activation == SIGMOID
-    if quantity == MASS and pixel != HARD and not soft:
-        sums[:, 1] = of_all
-    elif pixel != HARD:
-        u = torch.empty(min(CHUNK, volumes.shape[1]), dtype=x.dtype)
-        for sample, volume in enumerate(volumes):
+class Places(NamedTuple):
+    """What is at the places of a call; an array that nothing looks at is another one."""
+
+    ends: Indices  # sample s has places ends[s] up to ends[s + 1]
+    out: Rows  # rows of both sides (instances.py)
+    lab: Rows
+    x: Numbers
+    p: Numbers  # the probability, or x where there is none
+    labels: Numbers
+
+
+def gather(voxels: Indices, out: Rows, lab: Rows, x: Tensor, labels: Tensor, activation: int, pixel: int) -> Places:
+    """What is at some voxels, as far as the activation and the pixel term look at it."""
+    ends = np.searchsorted(voxels, (x[0].numel() if len(x) else 0) * np.arange(len(x) + 1))
+    there = x.numpy().reshape(-1)[voxels]
+    p = (torch.from_numpy(there).sigmoid_().numpy() if activation == ops.SIGMOID else there).astype(np.float64)
+    values = truths = p
+    if activation == ops.SIGMOID and pixel == RAW:
+        values = x.numpy().reshape(-1)[voxels].astype(np.float64)
+    if pixel in (RAW, HARD):
+        truths = labels.numpy().reshape(-1)[voxels].astype(np.float64)
+    return Places(ends, out, lab, values, p, truths)
+
+
+@compiled
+def seen_by_pixel(x: float, p: float, foreground: bool, y: bool, label: float, pixel: int) -> tuple[float, float]:
+    """Prediction u and truth w of the pixel term."""
+    if pixel == RAW:
+        return x, label
+    if pixel == PROBABILITY:
+        return p, 1.0 if y else 0.0
+    return 1.0 if foreground else 0.0, label
+
+
+@compiled
+def _add_places(
+    ends: Indices, out: Rows, lab: Rows, x: Numbers, p: Numbers, labels: Numbers, pixel: int, code: int, sums: Numbers
+) -> None:
+    """Add what places add to the sums of the pixel term; unless the output is hard, phi(u, 0) is there already."""
+    for sample in range(len(sums)):
+        intersection, cost, label = 0.0, 0.0, 0.0
+        for place in range(ends[sample], ends[sample + 1]):
+            u, w = seen_by_pixel(x[place], p[place], out[place] != 0, lab[place] != 0, labels[place], pixel)
+            intersection += u * w
+            if pixel == HARD or w != 0:
+                cost += phi(code, u, w) - (0.0 if pixel == HARD else phi(code, u, 0.0))
+            label += truth(code, w)
+        line = sums[sample]
+        line[0], line[1], line[2] = intersection, line[1] + cost, label
+
+
+def pixel_sums(x: Tensor, places: Places, activation: int, pixel: int, code: int) -> Tensor:
+    """Sums of the pixel term, (B, 3) float64."""
+    sums = np.zeros((len(x), ops.SAMPLE_COLUMNS))
+    if pixel not in (NOT_FUSED, HARD):
+        soft = pixel == PROBABILITY and activation == ops.SIGMOID
+        u = torch.empty(CHUNK if soft else 0, dtype=x.dtype)
+        for sample, volume in enumerate(x.flatten(1)):
             for part in volume.split(CHUNK):
                 seen = torch.sigmoid(part, out=u[: len(part)]) if soft else part
-                sums[sample, 1] += float(phi(quantity, seen, 0.0).sum())
-    # ... and the foreground on top.
-    u, w = seen_in_foreground(foreground, pixel)
-    columns = [u * w, what_truth_changes(phi, u, w, pixel, quantity), w * w if quantity == SQUARE else w]
-    ends = np.searchsorted(foreground.voxels, volumes.shape[1] * np.arange(len(x) + 1)).tolist()
-    for sample, (start, end) in enumerate(itertools.pairwise(ends)):
-        sums[sample] += [float(column[start:end].sum()) for column in columns]
-    return torch.from_numpy(sums), health
+                sums[sample, 1] += float(quantities.phi(code, seen, 0.0).sum())
+    if pixel != NOT_FUSED:
+        _add_places(*places, pixel, code, sums)
+    return torch.from_numpy(sums)
 
 
-def seen_in_foreground(foreground: Foreground, pixel: int) -> tuple[Tensor, Tensor]:
-    """Prediction u and truth w of the pixel term, float64."""
-    u = foreground.p if pixel == PROBABILITY else foreground.out if pixel == HARD else foreground.x
-    w = foreground.lab if pixel == PROBABILITY else foreground.labels
-    return torch.from_numpy(u.astype(np.float64)), torch.from_numpy(w.astype(np.float64))
+@compiled
+def _differentiate(u: NDArray[Any], by_cost: float, code: int, soft: bool, grads: NDArray[Any]) -> None:
+    """Gradient of z where nothing is true, from what the pixel term sees."""
+    for voxel in range(len(u)):
+        slope = u[voxel] * (1 - u[voxel]) if soft else 1
+        grads[voxel] = by_cost * phi_derivative(code, u[voxel], 0.0) * slope
 
 
-def what_truth_changes(formula: Formula, u: Tensor, w: Tensor, pixel: int, quantity: int) -> Tensor:
-    """A formula at the foreground, less what `pixel_sums` and `pixel_gradient` count for all voxels."""
-    if pixel != HARD and quantity in (MASS, SQUARE):
-        return torch.zeros_like(u)
-    if pixel == HARD:
-        return formula(quantity, u, w)
-    # Without truth nothing changes, even where both are infinite.
-    return (formula(quantity, u, w) - formula(quantity, u, 0.0)).masked_fill(w == 0, 0.0)
-
-
-def pixel_gradient(grads: Tensor, x: Tensor, activation: int, pixel: int, quantity: int) -> Tensor:
-    """Gradient of z from those of the first two sums of the pixel term, (B, 2), as if nothing were true."""
+def pixel_gradient(grads: Tensor, x: Tensor, activation: int, pixel: int, code: int) -> Tensor:
+    """Gradient of z from those of the first two sums of the pixel term, (B, 2), where nothing is true."""
     # From NumPy, which asks the system for large pages: without them, touching new memory takes longer than all else.
     grad = torch.from_numpy(np.empty(x.shape, dtype=x.numpy().dtype))
     if pixel in (NOT_FUSED, HARD):  # a hard output has a derivative in the foreground alone
         return grad.zero_()
-    soft = pixel == PROBABILITY and activation != NONE
-    nothing = torch.zeros((), dtype=torch.float64)
+    soft = pixel == PROBABILITY and activation != ops.NONE
     for volume, into, by_cost in zip(x.flatten(1), grad.flatten(1), grads[:, 1].tolist(), strict=True):
-        if by_cost == 0 or (quantity == MASS and not soft):
-            into.fill_(by_cost * float(phi_derivative(quantity, nothing, 0.0)))
-            continue
         for part, by_part in zip(volume.split(CHUNK), into.split(CHUNK), strict=True):
-            if soft:
-                u = torch.sigmoid(part, out=by_part) if activation == SIGMOID else part
-                by_u = by_cost * phi_derivative(quantity, u, 0.0)
-                torch.ops.aten.sigmoid_backward.grad_input(by_u, u, grad_input=by_part)
-            else:
-                torch.mul(phi_derivative(quantity, part, 0.0), by_cost, out=by_part)
+            u = torch.sigmoid(part, out=by_part) if soft and activation == ops.SIGMOID else part
+            _differentiate(u.numpy(), by_cost, code, soft, by_part.numpy())
     return grad

@@ -1,9 +1,11 @@
 """Labelling, numbering and measuring on the CPU: `components`, `find_instances` and `number_instances` of ops.py.
 
-The foreground is cut into *runs*, voxels in a row along the last axis. Runs are some times fewer than voxels, and what
-touches, how large an instance is and where it lies follows from their ends.
+The places of a foreground are cut into *runs*, voxels in a row along the last axis. Runs in neighbouring lines are
+compared as two sorted lists are merged, and those that touch are united: each points to an earlier one, and the first
+of a component to itself. Its last run has its largest voxel, so components follow each other by their last runs.
 """
 
+import itertools
 import math
 from typing import Any, NamedTuple
 
@@ -12,246 +14,239 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..ops import GEOMETRY_COLUMNS, HIGHS, LOWS, SIZE
+from ..ops import COORDINATE_SUMS, GEOMETRY_COLUMNS, HIGHS, LOWS, SIZE
+from . import compiled
+from .activation import Indices, Marks, Rows, collect
+from .propagation import propagate
 
-Indices = NDArray[np.int64]
-
-# Up to this foreground fraction, joining runs beats a pass of scipy.ndimage.label over the whole volume.
-SPARSE_FRACTION = 1 / 16
-_NO_LOW, _NO_HIGH = 2**31 - 1, -1
-
-
-class _Runs(NamedTuple):
-    """The foreground of a batch of volumes, and the runs it is made of, both in the order of linear indices."""
-
-    voxels: Indices
-    first: Indices  # first voxel of each run
-    last: Indices  # last voxel of each run
-    at: tuple[Indices, Indices, Indices, Indices]  # sample and coordinates d, h, w of the first voxel of each run
-
-    def spread(self, values: Indices) -> Indices:
-        """From a value a run to one a voxel."""
-        return np.repeat(values, self.last - self.first + 1)
+_SUMS, _LOWS, _HIGHS = COORDINATE_SUMS.start, LOWS.start, HIGHS.start
 
 
-def _cut(voxels: Indices, shape: tuple[int, ...], ids: NDArray[Any] | None = None) -> _Runs:
-    """Cut voxels into runs, of one id if ids are given."""
+class Instances(NamedTuple):
+    """The runs of a foreground, in the order of their voxels, and the instances that they make."""
+
+    begins: Indices  # the first place of each run
+    firsts: Indices  # its first voxel, by its index in the batch
+    lasts: Indices  # its last voxel
+    lines: Indices  # the line it is in, of all of the batch
+    rows: Rows  # of its instance, from 1 in each sample; -1: in none
+    counts: Rows  # (B,): how many instances there are
+
+
+@compiled
+def _cut(voxels: Indices, values: NDArray[Any], width: int) -> tuple[Indices, Indices, Indices, Indices]:
+    """Runs of voxels of one value; those of value 0 are left out."""
+    begins, firsts = np.empty(len(voxels) + 1, np.int64), np.empty(len(voxels) + 1, np.int64)
+    lasts, lines = np.empty(len(voxels) + 1, np.int64), np.empty(len(voxels) + 1, np.int64)
+    runs, line, end_of_line, before, value_before = 0, -1, 0, -2, np.int64(0)
+    for place in range(len(voxels)):
+        voxel, value = voxels[place], np.int64(values[place])
+        goes_on = (voxel == before + 1) & (value == value_before)
+        if voxel >= end_of_line:
+            line, goes_on = voxel // width, False
+            end_of_line = (line + 1) * width
+        before, value_before = voxel, value
+        if value != 0:
+            # The next run, if this is one. (No branch: in noise it would be guessed wrong half of the time.)
+            begins[runs], firsts[runs], lines[runs] = place, voxel, line
+            runs += not goes_on
+            lasts[runs - 1] = voxel
+    return begins[:runs], firsts[:runs], lasts[:runs], lines[:runs]
+
+
+@compiled
+def _root(parents: Rows, run: int) -> int:
+    """The first run of what a run belongs to so far; the way there is halved."""
+    while parents[run] != run:
+        parents[run] = parents[parents[run]]
+        run = parents[run]
+    return run
+
+
+@compiled
+def _unite_lines(
+    parents: Rows, firsts: Indices, lasts: Indices, run: int, after: int, other: int, after_other: int, shift: int
+) -> None:
+    """Unite runs run..after - 1 with those of other..after_other - 1, `shift` voxels before, that they touch."""
+    while run < after and other < after_other:
+        low, high = firsts[run] - shift - 1, lasts[run] - shift + 1
+        if (firsts[other] <= high) & (lasts[other] >= low) and parents[run] != parents[other]:
+            one, another = _root(parents, run), _root(parents, other)
+            first = min(one, another)
+            parents[one] = parents[another] = parents[run] = parents[other] = first
+        # Whichever ends first meets no other one. (No branch: in noise it would be guessed wrong half of the time.)
+        ends_first = lasts[other] < high
+        other += ends_first
+        run += not ends_first
+
+
+@compiled
+def _common(parents: Rows, run: int, after: int) -> int:
+    """What runs run..after - 1 belong to, if it is known to be the same; else -1."""
+    for other in range(run + 1, after):
+        if parents[other] != parents[run]:
+            return -1
+    return _root(parents, run)
+
+
+@compiled
+def _join(firsts: Indices, lasts: Indices, lines: Indices, shape: tuple[int, ...]) -> tuple[Rows, int]:
+    """The component of each run, numbered 0..n-1 in the order of their last runs, and n."""
+    batch, depth, height, width = shape
+    heads = np.zeros(batch * depth * height + 1, np.int64)  # the first run of each line
+    for run in range(len(lines)):
+        heads[lines[run] + 1] += 1
+    for line in range(batch * depth * height):
+        heads[line + 1] += heads[line]
+    parents = np.arange(len(lines)).astype(np.int32)
+    run = 0
+    while run < len(lines):
+        line, after = lines[run], heads[lines[run] + 1]
+        d, h = line // height % depth, line % height
+        for before in range(4):  # one line before this one in its plane, three in the plane before
+            dd, dh = (0, -1) if before == 0 else (-1, before - 2)
+            if d + dd >= 0 and 0 <= h + dh < height:
+                other = line + dd * height + dh
+                first, end = heads[other], heads[other + 1]
+                if first < end:
+                    common = _common(parents, run, after) if before > 0 else -1
+                    if common < 0 or common != _common(parents, first, end):  # in noise, two lines join all there is
+                        _unite_lines(parents, firsts, lasts, run, after, first, end, (line - other) * width)
+        run = after
+    last_runs = np.zeros(len(lines), np.int32)
+    for run in range(len(lines)):
+        parents[run] = parents[parents[run]]  # which comes first, and points to the first of all
+        last_runs[parents[run]] = run
+    names, count = np.zeros(len(lines), np.int32), 0
+    for run in range(len(lines)):
+        if last_runs[parents[run]] == run:
+            names[parents[run]] = count
+            count += 1
+    for run in range(len(lines)):
+        names[run] = names[parents[run]]
+    return names, count
+
+
+@compiled
+def _number(
+    firsts: Indices, lasts: Indices, names: Rows, count: int, min_size: int, volume: int, batch: int
+) -> tuple[Rows, Rows]:
+    """The row of each run's instance, -1 if that is too small, and how many instances each sample has."""
+    sizes, some_run, rows = np.zeros(count, np.int64), np.zeros(count, np.int64), np.full(count, -1, np.int32)
+    for run in range(len(names)):
+        sizes[names[run]] += lasts[run] - firsts[run] + 1
+        some_run[names[run]] = run
+    counts = np.zeros(batch, np.int32)
+    for name in range(count):
+        if sizes[name] > min_size:
+            sample = firsts[some_run[name]] // volume
+            counts[sample] += 1
+            rows[name] = counts[sample]
+    return rows[names], counts
+
+
+@compiled
+def _measure(
+    rows: Rows, firsts: Indices, lasts: Indices, lines: Indices, shape: tuple[int, ...], table: Indices
+) -> None:
+    """Size, coordinate sums and bounds of each instance."""
     _, depth, height, width = shape
-    line = voxels // width
-    begins = np.ones(len(voxels), dtype=bool)
-    begins[1:] = (voxels[1:] - voxels[:-1] != 1) | (line[1:] != line[:-1])
-    if ids is not None:
-        begins[1:] |= ids[1:] != ids[:-1]
-    begin = np.flatnonzero(begins)
-    first, line = voxels[begin], line[begin]
-    last = voxels[np.append(begin[1:], len(voxels)) - 1] if len(voxels) else voxels
-    plane = line // height
-    sample = plane // depth
-    return _Runs(voxels, first, last, (sample, plane - sample * depth, line - plane * height, first - line * width))
+    table[:, :, :_LOWS], table[:, :, _LOWS:_HIGHS], table[:, :, _HIGHS:] = 0, 2**31 - 1, -1
+    line, sample, d, h = -1, 0, 0, 0
+    for run in range(len(rows)):
+        if lines[run] != line:
+            line = lines[run]
+            sample, d, h = line // height // depth, line // height % depth, line % height
+        if rows[run] > 0:
+            instance, length = table[sample, rows[run] - 1], lasts[run] - firsts[run] + 1
+            instance[SIZE] += length
+            for axis, low, high in ((0, d, d), (1, h, h), (2, firsts[run] - line * width, lasts[run] - line * width)):
+                instance[_SUMS + axis] += length * (low + high) // 2  # of so many terms from low to high
+                instance[_LOWS + axis] = min(instance[_LOWS + axis], low)
+                instance[_HIGHS + axis] = max(instance[_HIGHS + axis], high)
 
 
-def fill(shape: tuple[int, ...], voxels: Indices, values: NDArray[Any]) -> Tensor:
-    """Make a volume (int32) that holds the values of its voxels, 0 elsewhere."""
-    volume = np.zeros(shape, dtype=np.int32)
-    volume.reshape(-1)[voxels] = values
-    return torch.from_numpy(volume)
+@compiled
+def spread(begins: Indices, firsts: Indices, lasts: Indices, values: NDArray[Any], places: NDArray[Any]) -> None:
+    """Write the value of each run to all that it has from its begin on: places, or, from its first voxel, voxels."""
+    for run in range(len(begins)):
+        for place in range(begins[run], begins[run] + lasts[run] - firsts[run] + 1):
+            places[place] = values[run]
+
+
+def _find_ids(voxels: Indices, values: NDArray[Any], shape: tuple[int, ...], num_iterations: int) -> Rows:
+    """The ids of the components of a foreground, which is where `values` of voxels are not 0, as a volume."""
+    begins, firsts, lasts, lines = _cut(voxels, values, shape[-1])
+    names, count = _join(firsts, lasts, lines, shape)
+    largest, volume = np.zeros(count, dtype=np.int64), np.zeros(shape, dtype=np.int32)
+    largest[names] = lasts  # of several values for one name the last stays
+    spread(firsts, firsts, lasts, (largest % math.prod(shape[1:]) + 1)[names], volume.reshape(-1))
+    if num_iterations > 0:
+        # A component of at most rounds + 1 voxels is no wider than `rounds` steps, and stays whole.
+        sizes = np.bincount(names, weights=lasts - firsts + 1, minlength=count)
+        wide = np.zeros(len(voxels), dtype=np.bool_)
+        spread(begins, firsts, lasts, sizes[names] > num_iterations + 1, wide)
+        propagate(voxels[wide], volume.reshape(-1), shape, num_iterations)
+    return volume
+
+
+def find_rows(
+    voxels: Indices, values: NDArray[Any], shape: tuple[int, ...], num_iterations: int, min_size: int
+) -> Instances:
+    """The instances of a foreground, which is where `values` of voxels are not 0."""
+    if num_iterations > 0:
+        ids = _find_ids(voxels, values, shape, num_iterations).reshape(-1)[voxels]
+        return number_rows(voxels, ids, shape, min_size)
+    runs = _cut(voxels, values, shape[-1])
+    names, count = _join(*runs[1:], shape)
+    return Instances(*runs, *_number(runs[1], runs[2], names, count, min_size, math.prod(shape[1:]), shape[0]))
+
+
+def number_rows(voxels: Indices, ids: NDArray[Any], shape: tuple[int, ...], min_size: int) -> Instances:
+    """The same, of given ids."""
+    runs, volume = _cut(voxels, ids, shape[-1]), math.prod(shape[1:])
+    ends = np.searchsorted(runs[1], volume * np.arange(shape[0] + 1)).tolist()
+    names, given, count = np.empty(len(runs[0]), dtype=np.int32), ids[runs[0]], 0
+    for begin, end in itertools.pairwise(ends):
+        different, ranks = np.unique(given[begin:end], return_inverse=True)
+        names[begin:end], count = ranks + count, count + len(different)
+    return Instances(*runs, *_number(runs[1], runs[2], names, count, min_size, volume, shape[0]))
+
+
+def measure(sides: list[Instances], shape: tuple[int, ...], capacity: int) -> Tensor:
+    """Geometry (sides * B, capacity, 10); capacity 0: as many rows as the largest count."""
+    rows = capacity or max(1, *(int(side.counts.max(initial=0)) for side in sides))
+    geometry = np.empty((len(sides), shape[0], rows, GEOMETRY_COLUMNS), dtype=np.int64)
+    for side, table in zip(sides, geometry, strict=True):
+        _measure(side.rows, side.firsts, side.lasts, side.lines, shape, table)
+    return torch.from_numpy(geometry).flatten(0, 1)
+
+
+def _foreground(mask: NDArray[np.bool_]) -> tuple[Indices, Marks]:
+    """The voxels of a foreground, and as many values that are not 0."""
+    marks = mask.reshape(-1).view(np.uint8)
+    return collect(marks, int(np.count_nonzero(marks)))
 
 
 def components(mask: Tensor, num_iterations: int) -> Tensor:
     """Operator `components` (ops.py)."""
-    voxels, shape = np.flatnonzero(mask.numpy()), tuple(mask.shape)
-    return fill(shape, voxels, find_ids(voxels, shape, num_iterations))
+    return torch.from_numpy(_find_ids(*_foreground(mask.numpy()), tuple(mask.shape), num_iterations))
 
 
 def find_instances(mask: Tensor, num_iterations: int, min_size: int, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
     """Operator `find_instances` (ops.py)."""
-    voxels, shape = np.flatnonzero(mask.numpy()), tuple(mask.shape)
-    rows, counts, geometry = find_rows(voxels, shape, num_iterations, min_size, capacity)
-    return fill(shape, voxels, rows), counts, geometry
+    shape = tuple(mask.shape)
+    return _answer(find_rows(*_foreground(mask.numpy()), shape, num_iterations, min_size), shape, capacity)
 
 
 def number_instances(ids: Tensor, min_size: int, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
     """Operator `number_instances` (ops.py)."""
-    voxels, shape = np.flatnonzero(ids.numpy() != 0), tuple(ids.shape)
-    rows, counts, geometry = number_rows(voxels, ids.numpy().reshape(-1)[voxels], shape, min_size, capacity)
-    return fill(shape, voxels, rows), counts, geometry
+    shape, (voxels, _) = tuple(ids.shape), _foreground(ids.numpy() != 0)
+    return _answer(number_rows(voxels, ids.numpy().reshape(-1)[voxels], shape, min_size), shape, capacity)
 
 
-def find_ids(voxels: Indices, shape: tuple[int, ...], num_iterations: int) -> Indices:
-    """The id of the component of each voxel of a foreground."""
-    runs = _cut(voxels, shape)
-    names = _label(runs, shape)
-    ids = runs.spread((_largest_voxel(runs, names) % math.prod(shape[1:]) + 1)[names])
-    return _propagate(runs, names, ids, shape, num_iterations) if num_iterations > 0 else ids
-
-
-def find_rows(
-    voxels: Indices, shape: tuple[int, ...], num_iterations: int, min_size: int, capacity: int
-) -> tuple[Indices, Tensor, Tensor]:
-    """Row of the instance of each voxel of a foreground; counts and geometry of the instances."""
-    if num_iterations > 0:
-        return number_rows(voxels, find_ids(voxels, shape, num_iterations), shape, min_size, capacity)
-    runs = _cut(voxels, shape)
-    names = _label(runs, shape)
-    largest = _largest_voxel(runs, names)
-    return _number(runs, names, largest, largest // math.prod(shape[1:]), shape, min_size, capacity)
-
-
-def number_rows(
-    voxels: Indices, ids: NDArray[Any], shape: tuple[int, ...], min_size: int, capacity: int
-) -> tuple[Indices, Tensor, Tensor]:
-    """The same, of given ids."""
-    runs = _cut(voxels, shape, ids)
-    of_run = ids[np.searchsorted(voxels, runs.first)].astype(np.int64)
-    keys = np.stack((runs.at[0], of_run))
-    keys, names = np.unique(keys, axis=1, return_inverse=True)  # in the order of (sample, id)
-    order = np.arange(keys.shape[1])
-    return _number(runs, names.reshape(-1), order, keys[0], shape, min_size, capacity)
-
-
-def _label(runs: _Runs, shape: tuple[int, ...]) -> Indices:
-    """Name the component of each run, 0..n-1 in any order."""
-    if len(runs.voxels) <= SPARSE_FRACTION * math.prod(shape):
-        return _join(runs, shape)
-    from scipy import ndimage
-
-    mask = np.zeros(shape, dtype=bool)
-    mask.reshape(-1)[runs.voxels] = True
-    labelled = np.empty(shape, dtype=np.int32)
-    count = 0
-    for sample, output in zip(mask, labelled, strict=True):
-        found = ndimage.label(sample, structure=np.ones((3, 3, 3)), output=output)
-        output += count
-        count += found
-    return labelled.reshape(-1)[runs.first].astype(np.int64) - 1
-
-
-def _join(runs: _Runs, shape: tuple[int, ...]) -> Indices:
-    """Name the components of runs."""
-    _, depth, height, width = shape
-    sample, d, h, w = runs.at
-    # With free places behind each line, plane and volume, a run that is moved or widened never reaches around an end.
-    first = ((sample * (depth + 1) + d) * (height + 1) + h) * (width + 2) + w
-    last = first + (runs.last - runs.first)
-    firsts, lasts = np.append(first, np.iinfo(np.int64).max), np.append(last, -1)  # beyond both ends: touches nothing
-
-    heads, tails = [], []
-    for dd, dh in ((0, 1), (1, -1), (1, 0), (1, 1)):
-        shift = (dd * (height + 1) + dh) * (width + 2)
-        reach_from, reach_to = first + (shift - 1), last + (shift + 1)
-        # In the line beside it, a run touches the last one that begins before its reach, if that goes on into it, ...
-        after = np.searchsorted(first, reach_from)
-        head = np.flatnonzero(lasts[after - 1] >= reach_from)
-        heads.append(head)
-        tails.append(after[head] - 1)
-        # ... and all that begin within.
-        head = np.flatnonzero(firsts[after] <= reach_to)
-        tail = after[head]
-        while len(head):
-            heads.append(head)
-            tails.append(tail)
-            more = firsts[tail + 1] <= reach_to[head]
-            head, tail = head[more], tail[more] + 1
-    root = _roots(np.concatenate(heads), np.concatenate(tails), len(first))
-    is_root = root == np.arange(len(root))
-    return (np.cumsum(is_root) - 1)[root]
-
-
-def _roots(low: Indices, high: Indices, count: int) -> Indices:
-    """One of each component of a graph of `count` nodes, by node, from edges between a lower and a higher node."""
-    root = np.arange(count)
-    while len(low):
-        # Each node takes a higher neighbour, of several the last one named, then what that leads to in the end.
-        root[low] = high
-        while not np.array_equal(further := root[root], root):
-            root = further
-        # Edges between those that are left, by their higher end: that no node stays alone for many rounds.
-        one, other = root[low], root[high]
-        apart = np.flatnonzero(one != other)
-        one, other = one[apart], other[apart]
-        low, high = np.minimum(one, other), np.maximum(one, other)
-        order = np.argsort(high, kind="stable")
-        low, high = low[order], high[order]
-    return root
-
-
-def _largest_voxel(runs: _Runs, names: Indices) -> Indices:
-    """The largest voxel of each component: what orders components, and their id less one."""
-    largest = np.zeros(names.max(initial=-1) + 1, dtype=np.int64)
-    largest[names] = runs.last  # voxels ascend, and of several values for one name the last stays
-    return largest
-
-
-def _propagate(runs: _Runs, names: Indices, ids: Indices, shape: tuple[int, ...], rounds: int) -> Indices:
-    """What `rounds` of 3x3x3 max-pooling of the linear indices (from 1) leave of components called `ids`."""
-    from scipy import ndimage
-
-    sizes = np.bincount(names, weights=runs.last - runs.first + 1)
-    named = fill(shape, runs.voxels, runs.spread(names + 1)).numpy()
-    pooled = fill(shape, runs.voxels, ids).numpy()
-    index = np.arange(1, math.prod(shape[1:]) + 1, dtype=np.int32).reshape(1, *shape[1:])
-    for name, box in enumerate(ndimage.find_objects(named)):
-        # A component of at most rounds + 1 voxels is no wider than `rounds` steps, and stays whole.
-        if sizes[name] > rounds + 1:
-            inside = named[box] == name + 1
-            pooled[box][inside] = _pool(index[0][box[1:]][None], inside, rounds)[inside]
-    return pooled.reshape(-1)[runs.voxels].astype(np.int64)
-
-
-def _pool(values: NDArray[np.int32], inside: NDArray[np.bool_], rounds: int) -> NDArray[np.int32]:
-    """Rounds of 3x3x3 max-pooling of positive `values` where `inside`, until nothing changes."""
-    current = np.where(inside, values, 0)
-    for _ in range(rounds):
-        pooled = current
-        for axis in (1, 2, 3):  # the largest of a cube is the largest of lines of largest
-            line = np.moveaxis(pooled, axis, 0)
-            pooled = pooled.copy()
-            widened = np.moveaxis(pooled, axis, 0)
-            np.maximum(widened[1:], line[:-1], out=widened[1:])
-            np.maximum(widened[:-1], line[1:], out=widened[:-1])
-        pooled *= inside
-        if np.array_equal(pooled, current):
-            break
-        current = pooled
-    return current
-
-
-def _number(
-    runs: _Runs,
-    names: Indices,
-    order: Indices,
-    samples: Indices,
-    shape: tuple[int, ...],
-    min_size: int,
-    capacity: int,
-) -> tuple[Indices, Tensor, Tensor]:
-    """Rows of voxels, counts and geometry of named runs; names (of `samples`) are numbered by `order`."""
-    sizes = np.bincount(names, weights=runs.last - runs.first + 1, minlength=len(order))
-    large = sizes > min_size
-    counts = np.bincount(samples[large], minlength=shape[0])
-    ranked = np.argsort(order)
-    ranked = ranked[large[ranked]]
-    row_of_name = np.zeros(len(order), dtype=np.int64)
-    row_of_name[ranked] = np.arange(len(ranked)) - (np.cumsum(counts) - counts)[samples[ranked]] + 1
-    rows = row_of_name[names]
-    geometry = _measure(runs, rows, shape[0], capacity or max(1, int(counts.max())))
-    return runs.spread(rows), torch.from_numpy(counts.astype(np.int32)), torch.from_numpy(geometry)
-
-
-def _measure(runs: _Runs, rows: Indices, batch: int, capacity: int) -> NDArray[np.int64]:
-    """Size, coordinate sums and bounds of each instance."""
-    used = rows > 0
-    length, (sample, d, h, w) = runs.last - runs.first + 1, runs.at
-    if not used.all():
-        rows, length, sample, d, h, w = (each[used] for each in (rows, length, sample, d, h, w))
-    at = sample * capacity + rows - 1
-    table = np.zeros((batch * capacity, GEOMETRY_COLUMNS), dtype=np.int64)
-    table[:, LOWS], table[:, HIGHS] = _NO_LOW, _NO_HIGH
-    # Coordinates are below 2^31 and their sums below 2^53: exact in float64.
-    table[:, SIZE] = np.bincount(at, weights=length, minlength=len(table))
-    sums = (d * length, h * length, w * length + length * (length - 1) // 2)
-    for axis, (total, low, high) in enumerate(zip(sums, (d, h, w), (d, h, w + length - 1), strict=True)):
-        table[:, 1 + axis] = np.bincount(at, weights=total, minlength=len(table))
-        np.minimum.at(table[:, 4 + axis], at, low)
-        np.maximum.at(table[:, 7 + axis], at, high)
-    return table.reshape(batch, capacity, GEOMETRY_COLUMNS)
+def _answer(instances: Instances, shape: tuple[int, ...], capacity: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The row map, counts and geometry."""
+    volume, (_, firsts, lasts, _, rows, counts) = np.zeros(shape, dtype=np.int32), instances
+    spread(firsts, firsts, lasts, np.maximum(rows, 0), volume.reshape(-1))
+    return torch.from_numpy(volume), torch.from_numpy(counts), measure([instances], shape, capacity)

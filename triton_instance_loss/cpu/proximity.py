@@ -1,63 +1,63 @@
-"""Distances between extended boxes on the CPU: `proximity_minima` of ops.py."""
+"""Distances between extended boxes on the CPU: `proximity_minima` of ops.py.
+
+The boxes, their distance and the box of a side without instances are those of kernels/proximity.py, which says them.
+"""
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ..ops import HIGHS, KEPT, LOWS
+from . import compiled
+from .activation import Indices, Numbers, Rows
 
-BOXES_AT_ONCE = 256  # output boxes compared with all label boxes in one go: bounds the memory of the distances
+_LOWS, _HIGHS = LOWS.start, HIGHS.start
+# Columns of a box along each axis, and its volume.
+LOW, HIGH, MIDDLE, VOLUME = 0, 1, 2, 9
 
-Numbers = NDArray[np.float64]
-Boxes = tuple[Numbers, Numbers, Numbers]  # low, high (exclusive) and centre, each (axes, boxes)
+
+@compiled
+def _extended_boxes(table: Indices, count: int, shape: Indices, first_axis: int) -> Numbers:
+    """The extended boxes of the first `count` instances, or of none: (boxes, 10)."""
+    boxes = np.ones((max(count, 1), VOLUME + 1))
+    for row in range(len(boxes)):
+        for axis in range(first_axis, 3):
+            dim, box = shape[axis], boxes[row, 3 * axis : 3 * axis + 3]
+            box[LOW], box[HIGH] = dim // 2 - 1, dim // 2 + 1
+            if count > 0:
+                low, high = table[row, _LOWS + axis], table[row, _HIGHS + axis]
+                extent = max(high - low, 1)
+                box[LOW], box[HIGH] = max(low - extent - 1, 0), min(high + extent, dim)
+            box[MIDDLE] = box[LOW] + np.ceil((box[HIGH] - box[LOW]) / 2)
+            boxes[row, VOLUME] *= box[HIGH] - box[LOW]
+    return boxes
+
+
+@compiled
+def _minima(geometry: Indices, used: Rows, shape: Indices, first_axis: int, minima: Numbers) -> None:
+    """The smallest distance of each box to one of the other side."""
+    batch = used.shape[1]
+    for sample in range(batch):
+        outputs = _extended_boxes(geometry[sample], used[0, sample], shape, first_axis)
+        labels = _extended_boxes(geometry[batch + sample], used[1, sample], shape, first_axis)
+        of_outputs, of_labels = minima[sample], minima[batch + sample]
+        of_outputs[: len(outputs)], of_labels[: len(labels)] = np.inf, np.inf
+        for i in range(len(outputs)):
+            for j in range(len(labels)):
+                shared, apart, around = 1.0, 0.0, 1e-7
+                for axis in range(first_axis, 3):
+                    one, other = outputs[i, 3 * axis : 3 * axis + 3], labels[j, 3 * axis : 3 * axis + 3]
+                    shared *= max(min(one[HIGH], other[HIGH]) - max(one[LOW], other[LOW]), 0.0)
+                    apart += (one[MIDDLE] - other[MIDDLE]) ** 2
+                    around += (max(one[HIGH], other[HIGH]) - min(one[LOW], other[LOW])) ** 2
+                volume = outputs[i, VOLUME] + labels[j, VOLUME] - shared
+                distance = 1.0 - shared / volume + apart / around
+                of_outputs[i] = min(of_outputs[i], distance)
+                of_labels[j] = min(of_labels[j], distance)
 
 
 def proximity_minima(geometry: Tensor, counts: Tensor, shape: list[int], planar: bool) -> Tensor:
     """Operator `proximity_minima` (ops.py)."""
     minima = np.zeros(geometry.shape[:2])
-    axes = slice(1, 3) if planar else slice(0, 3)
-    batch = counts.shape[1]
-    for sample, (kept, num_labels) in enumerate(counts[KEPT:].T.tolist()):
-        out = _extended_boxes(geometry[sample], kept, shape, axes)
-        lab = _extended_boxes(geometry[batch + sample], num_labels, shape, axes)
-        count = out[0].shape[1]
-        of_outputs, of_labels = minima[sample], minima[batch + sample, : lab[0].shape[1]]
-        of_labels.fill(np.inf)
-        for start in range(0, count, BOXES_AT_ONCE):
-            part = slice(start, min(start + BOXES_AT_ONCE, count))
-            distances = _distances((out[0][:, part], out[1][:, part], out[2][:, part]), lab)
-            of_outputs[part] = distances.min(1)
-            np.minimum(of_labels, distances.min(0), out=of_labels)
+    _minima(geometry.numpy(), counts[KEPT:].numpy(), np.array(shape), int(planar), minima)
     return torch.from_numpy(minima)
-
-
-def _extended_boxes(geometry: Tensor, count: int, shape: list[int], axes: slice) -> Boxes:
-    """The extended boxes of the first `count` instances; without any, one box in the middle of the volume."""
-    dims = np.array(shape, dtype=np.float64)[axes, None]
-    if count == 0:
-        middle = np.floor(dims / 2)
-        return middle - 1, middle + 1, middle
-    used = geometry[:count].numpy().T
-    lows, highs = (used[bounds][axes].astype(np.float64) for bounds in (LOWS, HIGHS))
-    extent = np.maximum(highs - lows, 1)
-    low = np.maximum(lows - extent - 1, 0)
-    high = np.minimum(highs + extent, dims)
-    return low, high, low + np.ceil((high - low) / 2)
-
-
-def _distances(out: Boxes, lab: Boxes) -> Numbers:
-    """DIoU between each output box (rows) and each label box (columns)."""
-    # Axis by axis, so that everything is a matrix.
-    shared: Numbers | float = 1.0
-    apart: Numbers | float = 0.0
-    diagonal: Numbers | float = 1e-7
-    for axis in range(len(out[0])):
-        low, high, center = (corner[axis][:, None] for corner in out)
-        lows, highs, centers = (corner[axis] for corner in lab)
-        shared = shared * np.maximum(np.minimum(high, highs) - np.maximum(low, lows), 0.0)
-        apart = apart + (center - centers) ** 2
-        diagonal = diagonal + (np.maximum(high, highs) - np.minimum(low, lows)) ** 2
-    volumes = (out[1] - out[0]).prod(0)[:, None] + (lab[1] - lab[0]).prod(0)
-    distances: Numbers = 1.0 - shared / (volumes - shared) + apart / diagonal
-    return distances

@@ -1,111 +1,132 @@
 """The terms and their slopes on the CPU: `terms` and `terms_backward` of ops.py.
 
-Rows of a table are the second axis; what a row that is not used holds, is masked out wherever it is read.
+The criteria are ratios of linear functions of sums (../ops.py), so that one walk over the rows of a side adds up all
+that the terms need of it, and writes the derivatives of the terms by the sums of each row. A side without instances of
+its own has the criterion of the whole sample in row 0.
 """
-
-from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from .. import ops
-
-Numbers = NDArray[np.float64]
-Mask = NDArray[np.bool_]
-
-
-class _Criterion(NamedTuple):
-    """A criterion, and its derivatives."""
-
-    value: Numbers
-    by_intersection: Numbers
-    by_prediction: Numbers
+from . import compiled
+from .activation import Indices, Numbers, Rows
 
 
-def _evaluate(ratio: list[float], sums: Numbers, used: Any = True) -> _Criterion:
-    """A ratio of two linear functions of intersection, prediction and label (last axis); 0 where it is not used."""
-    above, below = sums @ ratio[0:3] + ratio[3], sums @ ratio[4:7] + ratio[7]
-    # No division by the zeros of unused rows.
-    above, below = np.where(used, above, 0.0), np.where(used, below, 1.0)
-    value, scale = above / below, np.where(used, 1.0 / below, 0.0)
-    return _Criterion(value, (ratio[0] - value * ratio[4]) * scale, (ratio[1] - value * ratio[5]) * scale)
+@compiled
+def _criterion(ratio: Numbers, intersection: float, prediction: float, label: float) -> tuple[float, float, float]:
+    """A ratio of two linear functions of three sums, and its derivatives by intersection and prediction."""
+    above = ratio[0] * intersection + ratio[1] * prediction + ratio[2] * label + ratio[3]
+    below = ratio[4] * intersection + ratio[5] * prediction + ratio[6] * label + ratio[7]
+    value = above / below
+    return value, (ratio[0] - value * ratio[4]) / below, (ratio[1] - value * ratio[5]) / below
 
 
-class _Instances(NamedTuple):
-    """The instances of both sides: samples of outputs, then of labels."""
+@compiled
+def _center_criterion(
+    owned: Indices, sample: int, kept: int, labels: int, numbers: Numbers
+) -> tuple[float, float, float]:
+    """The criterion on centre boxes, and its derivatives by the height of a box, inside and outside of label boxes."""
+    inside, output, label = 0.0, 0.0, 0.0
+    for row in range(kept):
+        output += owned[0, sample, row, 0]
+        inside += owned[0, sample, row, 1]
+    for row in range(labels):
+        label += owned[1, sample, row, 0]
+    ratio, slopes = numbers[ops.CENTER_RATIO : ops.CENTER_SLOPES], numbers[ops.CENTER_SLOPES : ops.SMOOTHER]
+    value, _, _ = _criterion(ratio, inside, output, label)
+    below = ratio[4] * inside + ratio[5] * output + ratio[6] * label + ratio[7]
+    return value, (slopes[0] - value * slopes[2]) / below, (slopes[1] - value * slopes[3]) / below
 
-    sums: Numbers  # (2 B, rows, 5)
-    sizes: Numbers  # (2 B, rows), at least 1
-    counts: NDArray[np.int32]  # (2 B,): all of them
-    used: Mask  # (2 B, rows): those with a criterion of their own
-    alone: Mask  # (2 B,): without any of these, so that row 0 is the whole sample
-    slopes: Numbers  # (2 B, rows, 5), filled step by step
 
-    @classmethod
-    def of(cls, sums: Numbers, geometry: NDArray[Any], counts: NDArray[np.int32]) -> "_Instances":
-        """From tables, and how many instances there are."""
-        used = counts[ops.KEPT :].reshape(-1, 1)
-        return cls(
-            sums,
-            np.maximum(geometry[..., ops.SIZE], 1).astype(np.float64),
-            counts[[ops.OUTPUTS, ops.LABELS]].reshape(-1),
-            np.arange(sums.shape[1]) < used,
-            used[:, 0] == 0,
-            np.zeros((*sums.shape[:2], ops.SLOPES_COLUMNS)),
+@compiled
+def _weight(used: Rows, sample: int, classes: int, reduction: int, total: float) -> float:
+    """What one row of a sample adds to the mean over instances; total 0: there are no other processes."""
+    batch = len(used)
+    if reduction == ops.BY_MEAN:
+        return 1.0 / (batch * float(max(used[sample], 1)))
+    if reduction != ops.BY_INSTANCE:
+        return 1.0 / batch
+    if total == 0:
+        for other in range(sample % classes, batch, classes):
+            total += float(max(used[other], 1))
+    return 1.0 / (classes * total)
+
+
+@compiled
+def _terms(
+    sums: Numbers, sample_sums: Numbers, pixel_sums: Numbers, health: float, counts: Rows, geometry: Indices,
+    owned: Indices, distances: Numbers, values: Numbers, totals: Numbers, numbers: Numbers, with_center: bool,
+    with_proximity: bool, with_values: bool, classes: int, reduction: int, rates: bool, slopes: Numbers,
+    sample_slopes: Numbers, terms: Numbers,
+) -> None:  # fmt: skip
+    """Add up the terms, sample by sample, and write the slopes."""
+    batch = counts.shape[1]
+    instance_ratio, missing = numbers[ops.INSTANCE_RATIO : ops.MISSING], numbers[ops.MISSING]
+    for sample in range(batch):
+        line = pixel_sums[sample]
+        pixel, by_intersection, by_prediction = _criterion(
+            numbers[ops.PIXEL_RATIO : ops.INSTANCE_RATIO], line[0], line[1], line[2]
         )
+        terms[ops.PIXEL] += health * pixel
+        of_sample = sample_slopes[sample]
+        of_sample[ops.PIXEL_BY_INTERSECTION] = health * by_intersection
+        of_sample[ops.PIXEL_BY_PREDICTION] = health * by_prediction
+        whole = 0.0
+        if counts[ops.KEPT, sample] == 0 or counts[ops.LABELS, sample] == 0:
+            line = sample_sums[sample]
+            whole, by_intersection, by_prediction = _criterion(instance_ratio, line[0], line[1], line[2])
+            of_sample[ops.WHOLE_BY_INTERSECTION], of_sample[ops.WHOLE_BY_PREDICTION] = by_intersection, by_prediction
+        by_inside, by_outside = 0.0, 0.0
+        if with_center:
+            center, by_inside, by_outside = _center_criterion(
+                owned, sample, counts[ops.KEPT, sample], counts[ops.LABELS, sample], numbers
+            )
+            terms[ops.CENTER] += health * center / batch
 
-    def evaluate(self, ratio: list[float], missing: float, whole: Numbers) -> Numbers:
-        """The criterion of each instance, or of the whole sample in row 0; its slopes are noted."""
-        outputs = len(self.sums) // 2
-        label = np.concatenate((self.sums[:outputs, :, ops.LABEL], self.sizes[outputs:]))
-        cost = self.sums[..., ops.COST] + missing * (label - self.sums[..., ops.OVERLAP])
-        sums = np.stack((self.sums[..., ops.INTERSECTION], cost, label), axis=-1)
-        result = _evaluate(ratio, sums, self.used)
-        self.slopes[..., ops.BY_INTERSECTION] = result.by_intersection
-        self.slopes[..., ops.BY_PREDICTION] = result.by_prediction
-        result.value[self.alone, 0] = np.tile(whole, 2)[self.alone]
-        return result.value
-
-    def weights(self, reduction: int, classes: int, totals: Numbers | None) -> Numbers:
-        """What one row of each sample adds to the mean over instances, (2 B,)."""
-        counts = np.maximum(self.used.sum(1), 1)
-        batch = len(counts) // 2
-        if reduction == ops.BY_INSTANCE:
-            of_classes = counts.reshape(2, -1, classes).sum(1) if totals is None else totals
-            return np.tile(1.0 / (classes * of_classes), batch // classes).reshape(-1)
-        each: Numbers = 1.0 / counts if reduction == ops.BY_MEAN else np.ones(len(counts))
-        return each / batch
-
-    def share(self, smoother: float, rates: bool) -> Numbers:
-        """What one mistake in a sample adds to the mean number or rate of them, (2 B,)."""
-        totals: NDArray[Any] = np.where(rates, self.counts + smoother, 1.0)
-        return 1.0 / (len(self.counts) // 2 * totals)
-
-    def mistakes(self, share: Numbers) -> Numbers:
-        """False and missed instances; the slopes of those that touch nothing are noted."""
-        batch = len(self.sums) // 2
-        touched = np.concatenate((self.sums[:batch, :, ops.OVERLAP], self.sums[batch:, :, ops.TOUCHED]))
-        untouched = (np.arange(self.sums.shape[1]) < self.counts[:, None]) & (touched == 0)
-        slopes = np.where(untouched, share[:, None] / self.sizes, 0.0)
-        self.slopes[:batch, :, ops.BY_FALSE], self.slopes[batch:, :, ops.BY_FALSE] = slopes[:batch], -slopes[batch:]
-        found = (self.used & (self.sums[..., ops.OVERLAP] > 0)).sum(1)
-        each: Numbers = (share * (self.counts - found)).reshape(2, batch).sum(1)
-        return each
-
-    def center(self, owned: Numbers, numbers: list[float]) -> float:
-        """The criterion on centre boxes; its slopes by the mass of each output are noted."""
-        of_outputs, of_labels = np.split(np.where(self.used[..., None], owned, 0.0), 2)
-        outside, inside = of_outputs[..., 0], of_outputs[..., 1]
-        ratio, slopes = numbers[ops.CENTER_RATIO : ops.CENTER_SLOPES], numbers[ops.CENTER_SLOPES : ops.SMOOTHER]
-        counted = np.stack((inside.sum(1), outside.sum(1), of_labels[..., 0].sum(1)), axis=-1)
-        below = counted @ ratio[4:7] + ratio[7]
-        value = (counted @ ratio[0:3] + ratio[3]) / below
-        by_inside, by_outside = ((slopes[i] - value * slopes[i + 2]) / (below * len(value)) for i in (0, 1))
-        by_height = by_inside[:, None] * inside + by_outside[:, None] * outside
-        self.slopes[: len(value), :, ops.BY_CENTER] = by_height / self.sizes[: len(value)]
-        return float(value.mean())
+        difference = 0.0
+        for side in range(2):
+            count, used = counts[ops.OUTPUTS if side == 0 else ops.LABELS, sample], counts[ops.KEPT + side, sample]
+            share = health / (batch * (count + numbers[ops.SMOOTHER] if rates else 1.0))
+            total, weighted, met = 0.0, 0.0, 0
+            for row in range(max(count, 1)):
+                line, size = sums[side, sample, row], float(max(geometry[side * batch + sample, row, ops.SIZE], 1))
+                of_row, value = slopes[side, sample, row], 0.0
+                if row < used:
+                    met += line[ops.OVERLAP] > 0
+                    label = line[ops.LABEL] if side == 0 else size
+                    if with_values:
+                        value = values[side, sample, row]
+                    else:
+                        prediction = line[ops.COST] + missing * (label - line[ops.OVERLAP])
+                        value, of_row[ops.BY_INTERSECTION], of_row[ops.BY_PREDICTION] = _criterion(
+                            instance_ratio, line[ops.INTERSECTION], prediction, label
+                        )
+                    if side == 0 and with_center:
+                        by_height = by_outside * owned[0, sample, row, 0] + by_inside * owned[0, sample, row, 1]
+                        of_row[ops.BY_CENTER] = health * by_height / (size * batch)
+                elif row == 0:
+                    value = values[side, sample, row] if with_values else whole
+                if row < count and line[ops.OVERLAP if side == 0 else ops.TOUCHED] == 0:
+                    of_row[ops.BY_FALSE] = (share if side == 0 else -share) / size
+                if with_proximity and row < max(used, 1):
+                    of_row[ops.DISTANCE] = distances[side, sample, row]
+                total += value
+                weighted += of_row[ops.DISTANCE] * value
+            difference += weighted if side == 1 else -weighted
+            weight = health * _weight(
+                counts[ops.KEPT + side], sample, classes, reduction, totals[side, sample % classes]
+            )
+            of_sample[ops.BY_OUTPUT if side == 0 else ops.BY_LABEL] = weight
+            terms[ops.INSTANCE_OUTPUT if side == 0 else ops.INSTANCE_LABEL] += weight * total
+            terms[ops.FALSE_INSTANCES if side == 0 else ops.MISSED_INSTANCES] += share * (count - met)
+            if side == 0:
+                of_sample[ops.BY_MISTAKE] = share
+        if with_proximity:
+            too_many = counts[ops.OUTPUTS, sample] if counts[ops.KEPT, sample] == 0 else 0
+            terms[ops.PROXIMITY] += health * (difference * difference + too_many) / batch
+            of_sample[ops.BY_DISTANCE] = health * 2.0 * difference / batch
 
 
 def terms(
@@ -125,47 +146,22 @@ def terms(
     rates: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Operator `terms` (ops.py)."""
-    instances = _Instances.of(sums.numpy(), geometry.numpy(), counts.numpy())
-    batch, slopes = counts.shape[1], instances.slopes
-    ratio = numbers[ops.INSTANCE_RATIO : ops.MISSING]
-    results = np.zeros(ops.PROXIMITY + 1)
-    of_samples = np.zeros((batch, ops.SAMPLE_SLOPES_COLUMNS))
-    with np.errstate(all="ignore"):  # NaN and infinity are answers here
-        pixel = _evaluate(numbers[ops.PIXEL_RATIO : ops.INSTANCE_RATIO], pixel_sums.numpy())
-        results[ops.PIXEL] = pixel.value.sum()
-        of_samples[:, ops.PIXEL_BY_INTERSECTION] = pixel.by_intersection
-        of_samples[:, ops.PIXEL_BY_PREDICTION] = pixel.by_prediction
-
-        if values is not None:
-            of_instances = values.numpy()
-        else:
-            whole = _evaluate(ratio, sample_sums.numpy(), instances.alone.reshape(2, batch).any(0))
-            of_samples[:, ops.WHOLE_BY_INTERSECTION] = whole.by_intersection
-            of_samples[:, ops.WHOLE_BY_PREDICTION] = whole.by_prediction
-            of_instances = instances.evaluate(ratio, numbers[ops.MISSING], whole.value)
-        weights = instances.weights(reduction, classes, None if totals is None else totals.numpy())
-        of_samples[:, ops.BY_OUTPUT], of_samples[:, ops.BY_LABEL] = np.split(weights, 2)
-        means = (weights * of_instances.sum(1)).reshape(2, batch).sum(1)
-        results[ops.INSTANCE_OUTPUT], results[ops.INSTANCE_LABEL] = means
-
-        if distances is not None:
-            slopes[..., ops.DISTANCE] = distances.numpy()
-            of_outputs, of_labels = (slopes[..., ops.DISTANCE] * of_instances).sum(1).reshape(2, batch)
-            difference = of_labels - of_outputs
-            too_many = np.where(instances.alone, instances.counts, 0)[:batch]
-            results[ops.PROXIMITY] = (difference**2 + too_many).mean()
-            of_samples[:, ops.BY_DISTANCE] = 2.0 * difference / batch
-
-        if owned is not None:
-            results[ops.CENTER] = instances.center(owned.numpy(), numbers)
-        share = instances.share(numbers[ops.SMOOTHER], rates)
-        results[[ops.FALSE_INSTANCES, ops.MISSED_INSTANCES]] = instances.mistakes(share)
-        of_samples[:, ops.BY_MISTAKE] = share[:batch]
-
-        healthy = float(health)
-        of_samples[:, : ops.BY_MISTAKE + 1] *= healthy
-        slopes[..., : ops.BY_FALSE + 1] *= healthy
-    return torch.from_numpy(results * healthy), torch.from_numpy(slopes), torch.from_numpy(of_samples)
+    batch, rows = counts.shape[1], sums.shape[1]
+    # Zeros stand in for what is not there: memory that nothing looks at costs nothing.
+    of_boxes = np.zeros((2, batch, rows, 2), np.int64) if owned is None else owned.numpy().reshape(2, batch, rows, 2)
+    near, given = (
+        np.zeros((2, batch, rows)) if each is None else each.numpy().reshape(2, batch, rows)
+        for each in (distances, values)
+    )
+    of_all = np.zeros((2, classes)) if totals is None else totals.numpy()
+    slopes = np.zeros((2, batch, rows, ops.SLOPES_COLUMNS))
+    sample_slopes, results = np.zeros((batch, ops.SAMPLE_SLOPES_COLUMNS)), np.zeros(ops.PROXIMITY + 1)
+    _terms(
+        sums.numpy().reshape(2, batch, rows, -1), sample_sums.numpy(), pixel_sums.numpy(), float(health),
+        counts.numpy(), geometry.numpy(), of_boxes, near, given, of_all, np.array(numbers), owned is not None,
+        distances is not None, values is not None, classes, reduction, rates, slopes, sample_slopes, results,
+    )  # fmt: skip
+    return torch.from_numpy(results), torch.from_numpy(slopes).flatten(0, 1), torch.from_numpy(sample_slopes)
 
 
 def terms_backward(
