@@ -76,8 +76,8 @@ def test_small_and_large_instances():
     terms = InstanceLoss()(large.outputs, large.labels)
     assert [round(term.item(), 6) for term in terms[1:]] == [0, 0, 0, 0, 0, 0]
     terms = InstanceLoss()(small.outputs, small.labels)
-    assert terms.false_instances == terms.missed_instances == 5000 - 50
-    torch.testing.assert_close(terms.instance_label, torch.tensor(4950 / 5000 * (1 - 1e-5 / (5 + 1e-5))))
+    assert terms.false_instances == terms.missed_instances == 5000 - 4096
+    torch.testing.assert_close(terms.instance_label, torch.tensor(904 / 5000 * (1 - 1e-5 / (5 + 1e-5))))
 
 
 # --- answers ----------------------------------------------------------------------------------------------------------
