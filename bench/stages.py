@@ -161,7 +161,7 @@ def count(inputs: Inputs) -> dict[str, Counts]:
     """Launches and bytes of each stage, on the Triton backend."""
     counting = Counting()
     # As on CUDA, where values are not looked at without the debug switch.
-    unlooked = mock.patch.object(checks, "debugging", lambda value: False)
+    unlooked = mock.patch.object(checks, "debugging", return_value=False)
     with mock.patch.dict(os.environ, {ops.BACKEND_VARIABLE: "triton"}), unlooked:
         if inputs.outputs.device.type == "cuda":
             step(inputs, lambda name: None)  # compiles, and torch sets itself up
