@@ -24,7 +24,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import ops
-from .blocks import block_size
+from .blocks import block_size, cut
+from .launches import launch
 from .quantities import phi, sum_where, truth
 
 NONE: tl.constexpr = tl.constexpr(ops.NONE)
@@ -116,12 +117,12 @@ def launch_activate(
     masks = torch.empty((2 * batch, *shape), dtype=torch.bool, device=x.device)
     num_voxels = x[0].numel() if batch else 0
     block = block_size(num_voxels, ACTIVATE_BLOCK)
-    programs = triton.cdiv(num_voxels, block)
+    programs = cut(num_voxels, block)
     parts = torch.empty((batch, programs, ops.SAMPLE_COLUMNS + 1), dtype=torch.float64, device=x.device)
     # As PyTorch and NumPy compare a number with a tensor: rounded to the dtype of the tensor.
     threshold = float(np.float64(threshold) if x.dtype == torch.float64 else np.float32(threshold))
     if x.numel() > 0:
-        _activate_kernel[(programs, batch)](
+        launch(_activate_kernel, (programs, batch),
             x, labels, *masks.chunk(2), parts, num_voxels,
             activation, threshold, pixel, 0 if pixel == ops.NOT_FUSED else quantity, block,
         )  # fmt: skip

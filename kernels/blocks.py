@@ -26,6 +26,11 @@ def block_size(lanes: int, on_gpu: int) -> int:
     return min(INTERPRETED_LANES, triton.next_power_of_2(max(lanes, 2))) if INTERPRETED else on_gpu
 
 
+def cut(lanes: int, block: int) -> int:
+    """Programs that share `lanes`, `block` of them each: `triton.cdiv`, which costs the host 5 us."""
+    return -(-lanes // block)
+
+
 def warp_size() -> int:
     """Threads of a warp on the current device: 32, on some of AMD's 64."""
     return 32 if torch.version.hip is None else torch.cuda.get_device_properties(torch.cuda.current_device()).warp_size

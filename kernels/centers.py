@@ -29,6 +29,7 @@ from torch import Tensor
 
 from .. import ops
 from .blocks import block_size, coordinates, table_programs
+from .launches import launch
 
 COLUMNS: tl.constexpr = tl.constexpr(ops.GEOMETRY_COLUMNS)
 SIZE: tl.constexpr = tl.constexpr(ops.SIZE)
@@ -195,8 +196,16 @@ def launch_center_overlaps(geometry: Tensor, counts: Tensor, shape: list[int], o
     if owned.numel() > 0 and num_voxels > 0:
         used = counts[ops.KEPT :].flatten()
         blocks = block_size(num_voxels, BOX_BLOCK), block_size(capacity, OTHERS_BLOCK)
-        _overlap_boxes_kernel[(table_programs(capacity), sides)](
-            geometry, used, owned, capacity, *shape, *offsets, *blocks
+        launch(
+            _overlap_boxes_kernel,
+            (table_programs(capacity), sides),
+            geometry,
+            used,
+            owned,
+            capacity,
+            *shape,
+            *offsets,
+            *blocks,
         )
     return owned
 
@@ -209,6 +218,16 @@ def launch_center_volumes(
     owner = torch.zeros((sides, *shape), dtype=torch.int32, device=geometry.device)
     if owner.numel() > 0 and capacity > 0:
         used, block = counts[ops.KEPT :].flatten(), block_size(owner[0].numel(), BOX_BLOCK)
-        _paint_boxes_kernel[(table_programs(capacity), sides)](geometry, used, owner, capacity, *shape, *offsets, block)
+        launch(
+            _paint_boxes_kernel,
+            (table_programs(capacity), sides),
+            geometry,
+            used,
+            owner,
+            capacity,
+            *shape,
+            *offsets,
+            block,
+        )
     owner, covered = owner.chunk(2)
     return owner.clone(), covered > 0

@@ -7,7 +7,9 @@ background.
 1. `_nodes_kernel`: every foreground voxel gets its node for a parent; one byte a cell says which of its voxels are
    foreground.
 2. `_merge_kernel`: each cell looks at its 13 forward neighbours. Two cells touch if both have foreground on the
-   faces, edges or corners that they share, which the two bytes tell. Then their sets are united.
+   faces, edges or corners that they share, which the two bytes tell. Then their sets are united, unless a third cell
+   between them, one step along an axis away, touches both. (Then each pair on the way is a step along an axis, which
+   is always united, or touches through others in turn.)
 3. `_flatten_kernel`: every voxel climbs to its root, which is the largest id in the component. Each block also
    counts its roots, from which they are numbered (numbering.py).
 
@@ -29,8 +31,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .blocks import block_size, coordinates, threads
-from .numbering import blocks_of, number, number_components
+from .blocks import block_size, coordinates, cut, threads
+from .launches import launch
+from .numbering import REDUCE_WARPS, blocks_of, number, number_components
 from .propagation import propagate
 
 NODES_BLOCK = 128
@@ -64,19 +67,130 @@ def _facing(step_z, step_y, step_x):
 
 
 @triton.jit
-def _unite(parents_ptr, left, right, active):
-    """Make one set of the sets of `left` and `right`, two nodes each; the parent of node i is at parents_ptr + i."""
-    while tl.max(active.to(tl.int32), axis=0) > 0:
-        low = tl.minimum(left, right)
-        high = tl.maximum(left, right)
-        parent = tl.load(parents_ptr + low, mask=active, other=0)
-        grandparent = tl.load(parents_ptr + parent, mask=active, other=0)
-        tl.store(parents_ptr + low, grandparent, mask=active & (parent != grandparent))
-        at_root = active & (parent == low)
-        old = tl.atomic_max(parents_ptr + low, high, mask=at_root, sem="relaxed")
-        left = tl.where(at_root, old, parent)
-        right = high
-        active = active & ((parent != low) | (old != low)) & (left != right)
+def _touch(cell, other, STEP_Z: tl.constexpr, STEP_Y: tl.constexpr, STEP_X: tl.constexpr):
+    """Whether two cells touch, by their bytes, if the other one is at such a step."""
+    near, far = _facing(STEP_Z, STEP_Y, STEP_X), _facing(-STEP_Z, -STEP_Y, -STEP_X)
+    return ((cell & near) != 0) & ((other & far) != 0)
+
+
+@triton.jit
+def _through(
+    cell, other, between, STEP_Z: tl.constexpr, STEP_Y: tl.constexpr, STEP_X: tl.constexpr, AXIS: tl.constexpr
+):
+    """Whether two cells touch the one between, where the step along one axis leads."""
+    step_z, step_y, step_x = STEP_Z if AXIS == 0 else 0, STEP_Y if AXIS == 1 else 0, STEP_X if AXIS == 2 else 0
+    first = _touch(cell, between, step_z, step_y, step_x)
+    return first & _touch(between, other, STEP_Z - step_z, STEP_Y - step_y, STEP_X - step_x)
+
+
+@triton.jit
+def _load_cell(
+    cells_ptr, cell, z, y, x, D, H, W, STEP_Z: tl.constexpr, STEP_Y: tl.constexpr, STEP_X: tl.constexpr, here
+):
+    """The byte of the cell at a step from each cell that is `here`, 0 outside."""
+    if STEP_Z > 0:
+        here &= z + 2 < D
+    if STEP_Y < 0:
+        here &= y > 0
+    if STEP_Y > 0:
+        here &= y + 2 < H
+    if STEP_X < 0:
+        here &= x > 0
+    if STEP_X > 0:
+        here &= x + 2 < W
+    to_cell = cell + (STEP_Z * ((H + 1) // 2) + STEP_Y) * ((W + 1) // 2) + STEP_X
+    return tl.load(cells_ptr + to_cell, mask=here, other=0).to(tl.int32)
+
+
+@triton.jit
+def _touches_alone(
+    cells_ptr,
+    cell,
+    occupancy,
+    before_x,
+    behind_x,
+    before_y,
+    behind_y,
+    behind_z,
+    here,
+    z,
+    y,
+    x,
+    D,
+    H,
+    W,
+    STEP_Z: tl.constexpr,
+    STEP_Y: tl.constexpr,
+    STEP_X: tl.constexpr,
+):
+    """Whether a cell touches the one at a step, and no third cell, one step along an axis away, that touches both."""
+    other = _load_cell(cells_ptr, cell, z, y, x, D, H, W, STEP_Z, STEP_Y, STEP_X, here)
+    touching = _touch(occupancy, other, STEP_Z, STEP_Y, STEP_X)
+    if STEP_Z * STEP_Z + STEP_Y * STEP_Y + STEP_X * STEP_X > 1:
+        if STEP_Z != 0:
+            touching &= ~_through(occupancy, other, behind_z, STEP_Z, STEP_Y, STEP_X, 0)
+        if STEP_Y != 0:
+            between_y = before_y if STEP_Y < 0 else behind_y
+            touching &= ~_through(occupancy, other, between_y, STEP_Z, STEP_Y, STEP_X, 1)
+        if STEP_X != 0:
+            between_x = before_x if STEP_X < 0 else behind_x
+            touching &= ~_through(occupancy, other, between_x, STEP_Z, STEP_Y, STEP_X, 2)
+    return touching
+
+
+@triton.jit
+def _to_unite(cells_ptr, cell, occupancy, z, y, x, D, H, W):
+    """With which of its 13 forward neighbours a cell is to be united: a bit for each, in their order.
+
+    Not with one that it touches through a third cell, one step along an axis away: those two pairs are united.
+    """
+    here = occupancy != 0
+    before_x = _load_cell(cells_ptr, cell, z, y, x, D, H, W, 0, 0, -1, here)
+    behind_x = _load_cell(cells_ptr, cell, z, y, x, D, H, W, 0, 0, 1, here)
+    behind_y = _load_cell(cells_ptr, cell, z, y, x, D, H, W, 0, 1, 0, here)
+    wanted = tl.zeros_like(occupancy)
+    for direction in tl.static_range(14, 18):  # of the 27 steps -1, 0, 1 in three axes: in the same layer
+        touching = _touches_alone(
+            cells_ptr, cell, occupancy, before_x, behind_x, behind_y, behind_y, behind_y, here, z, y, x, D, H, W,
+            direction // 9 - 1, direction // 3 % 3 - 1, direction % 3 - 1,
+        )  # fmt: skip
+        wanted |= touching.to(tl.int32) << (direction - 14)
+    if D > 2:  # there is another layer of cells
+        before_y = _load_cell(cells_ptr, cell, z, y, x, D, H, W, 0, -1, 0, here)
+        behind_z = _load_cell(cells_ptr, cell, z, y, x, D, H, W, 1, 0, 0, here)
+        for direction in tl.static_range(18, 27):
+            touching = _touches_alone(
+                cells_ptr, cell, occupancy, before_x, behind_x, before_y, behind_y, behind_z, here, z, y, x, D, H, W,
+                direction // 9 - 1, direction // 3 % 3 - 1, direction % 3 - 1,
+            )  # fmt: skip
+            wanted |= touching.to(tl.int32) << (direction - 14)
+    return wanted
+
+
+@triton.jit
+def _neighbour(cells_ptr, cell, wanted, z, y, x, H, W):
+    """The node of the neighbour that the lowest bit stands for, where there is one."""
+    lowest = wanted & -wanted
+    # The exponent of a power of two is its place.
+    direction = 14 + (lowest.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
+    step_z, step_y, step_x = direction // 9 - 1, direction // 3 % 3 - 1, direction % 3 - 1
+    to_cell = cell + (step_z * ((H + 1) // 2) + step_y) * ((W + 1) // 2) + step_x
+    occupancy = tl.load(cells_ptr + to_cell, mask=wanted != 0, other=0).to(tl.int32)
+    return _node(occupancy, z + 2 * step_z, y + 2 * step_y, x + 2 * step_x, H, W)
+
+
+@triton.jit
+def _climb(parents_ptr, left, right):
+    """One step on the way to unite the sets of two nodes each; they are equal once they are in one set."""
+    low, high = tl.minimum(left, right), tl.maximum(left, right)
+    active = low != high
+    parent = tl.load(parents_ptr + low, mask=active, other=0)
+    grandparent = tl.load(parents_ptr + parent, mask=active, other=0)
+    tl.store(parents_ptr + low, grandparent, mask=active & (parent != grandparent))
+    at_root = active & (parent == low)
+    old = tl.atomic_max(parents_ptr + low, high, mask=at_root, sem="relaxed")
+    low = tl.where(at_root, tl.where(old == low, high, old), tl.where(active, parent, low))
+    return low, high
 
 
 @triton.jit
@@ -110,7 +224,8 @@ def _nodes_kernel(
         tl.store(ids_ptr + first + step, tl.where((occupancy >> corner) & 1 != 0, node, 0), mask=inside)
 
 
-@triton.jit
+# (with a size that is 1 for a constant, LLVM leaves a byte of stack behind)
+@triton.jit(do_not_specialize=["D", "H", "W"])
 def _merge_kernel(
     ids_ptr,  # (B, V) int32
     cells_ptr,  # (B, N) uint8
@@ -118,7 +233,6 @@ def _merge_kernel(
     H,
     W,
     N,
-    last,
     BLOCK: tl.constexpr,
 ):
     cell = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -127,18 +241,18 @@ def _merge_kernel(
     parents_ptr = ids_ptr + sample * D * H * W - 1  # id i is voxel i - 1
 
     occupancy = tl.load(cells_ptr + cell, mask=cell < N, other=0).to(tl.int32)
-    if tl.max(occupancy, axis=0) > 0:
+    if tl.max(occupancy, axis=0) > 0:  # most cells are background
         z, y, x = _cell_coordinates(cell, H, W)
-        node = _node(occupancy, z, y, x, H, W)
-        for direction in range(14, last):  # of the 27 steps -1, 0, 1 in three axes, those that lead forward
-            step_z, step_y, step_x = direction // 9 - 1, direction // 3 % 3 - 1, direction % 3 - 1
-            to_z, to_y, to_x = z + 2 * step_z, y + 2 * step_y, x + 2 * step_x
-            inside = (to_z < D) & (to_y >= 0) & (to_y < H) & (to_x >= 0) & (to_x < W)
-            facing = inside & ((occupancy & _facing(step_z, step_y, step_x)) != 0)
-            to_cell = cell + (step_z * ((H + 1) // 2) + step_y) * ((W + 1) // 2) + step_x
-            to_occupancy = tl.load(cells_ptr + to_cell, mask=facing, other=0).to(tl.int32)
-            touching = (to_occupancy & _facing(-step_z, -step_y, -step_x)) != 0
-            _unite(parents_ptr, node, _node(to_occupancy, to_z, to_y, to_x, H, W), touching)
+        wanted = _to_unite(cells_ptr, cell, occupancy, z, y, x, D, H, W)
+        left = _node(occupancy, z, y, x, H, W)
+        right = left
+        while tl.max((wanted | (left != right).to(tl.int32)), axis=0) > 0:
+            # Who has met begins with the next neighbour, from where it is.
+            if tl.max(tl.where(left == right, wanted, 0), axis=0) > 0:
+                begins = tl.where(left == right, wanted, 0)
+                right = tl.where(begins != 0, _neighbour(cells_ptr, cell, begins, z, y, x, H, W), right)
+                wanted &= ~(begins & -begins)
+            left, right = _climb(parents_ptr, left, right)
 
 
 @triton.jit
@@ -152,14 +266,16 @@ def _flatten_kernel(
     sample = tl.program_id(1).to(tl.int64)
     ids_ptr += sample * V
     node = tl.load(ids_ptr + voxel, mask=voxel < V, other=0)
-    climbing = node > 0
-    while tl.max(climbing.to(tl.int32), axis=0) > 0:
-        parent = tl.load(ids_ptr - 1 + node, mask=climbing, other=0)
-        climbing = climbing & (parent != node)
-        node = tl.where(climbing, parent, node)
-    tl.store(ids_ptr + voxel, node, mask=node > 0)
-    is_root = node == voxel + 1
-    tl.store(roots_ptr + sample * tl.num_programs(0) + tl.program_id(0), tl.sum(is_root.to(tl.int32), axis=0))
+    roots = tl.full([], 0, tl.int32)
+    if tl.max(node, axis=0) > 0:  # most blocks are background
+        climbing = node > 0
+        while tl.max(climbing.to(tl.int32), axis=0) > 0:
+            parent = tl.load(ids_ptr - 1 + node, mask=climbing, other=0)
+            climbing = climbing & (parent != node)
+            node = tl.where(climbing, parent, node)
+        tl.store(ids_ptr + voxel, node, mask=node > 0)
+        roots = tl.sum((node == voxel + 1).to(tl.int32), axis=0)
+    tl.store(roots_ptr + sample * tl.num_programs(0) + tl.program_id(0), roots)
 
 
 def _label(mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -171,19 +287,35 @@ def _label(mask: Tensor) -> tuple[Tensor, Tensor]:
     if ids.numel() == 0:
         return ids, roots
     cells = torch.empty(
-        (batch, triton.cdiv(depth, 2) * triton.cdiv(height, 2) * triton.cdiv(width, 2)),
+        (batch, cut(depth, 2) * cut(height, 2) * cut(width, 2)),
         dtype=torch.uint8,
         device=mask.device,
     )
     num_cells = cells.shape[1]
     block = block_size(num_cells, NODES_BLOCK)
-    _nodes_kernel[(triton.cdiv(num_cells, block), batch)](mask, ids, cells, depth, height, width, num_cells, block)
+    launch(_nodes_kernel, (cut(num_cells, block), batch), mask, ids, cells, depth, height, width, num_cells, block)
     block = block_size(num_cells, threads(MERGE_WARPS))
-    last = 27 if depth > 2 else 18  # one layer of cells has no neighbours in the next
-    _merge_kernel[(triton.cdiv(num_cells, block), batch)](
-        ids, cells, depth, height, width, num_cells, last, block, num_warps=MERGE_WARPS
+    launch(
+        _merge_kernel,
+        (cut(num_cells, block), batch),
+        ids,
+        cells,
+        depth,
+        height,
+        width,
+        num_cells,
+        block,
+        num_warps=MERGE_WARPS,
     )
-    _flatten_kernel[(programs, batch)](ids, roots, depth * height * width, flatten_block)
+    launch(
+        _flatten_kernel,
+        (programs, batch),
+        ids,
+        roots,
+        depth * height * width,
+        flatten_block,
+        num_warps=REDUCE_WARPS,
+    )
     return ids, roots
 
 

@@ -14,6 +14,7 @@ from .. import checks, ops
 from .activation import launch_activate
 from .blocks import block_size
 from .components import find_instances, launch_number_instances
+from .launches import launch
 from .quantities import PARTS_BLOCK, sum_parts
 
 OUTPUTS: tl.constexpr = tl.constexpr(ops.OUTPUTS)
@@ -93,7 +94,7 @@ def launch_find(
         if type(found) is Tensor and found.device.type == "cpu":  # interpreted: assertions do nothing there
             checks.room_for_labels(int(found.numpy()[batch:].max()), capacity)
         # Without `debug` they do nothing on a GPU either. This one ends the use of the device, as PyTorch's own do.
-        _finish_kernel[(batch,)](
+        launch(_finish_kernel, (batch,),
             found, parts, counts, sums, health, programs, min(max_kept, x[0].numel()), capacity, too_many, block,
             debug=True, sanitize_overflow=False,
         )  # fmt: skip

@@ -41,7 +41,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import ops
-from .blocks import block_size, coordinates
+from .blocks import block_size, coordinates, cut
+from .launches import launch
 
 COLUMNS: tl.constexpr = tl.constexpr(ops.GEOMETRY_COLUMNS)
 SIZE: tl.constexpr = tl.constexpr(ops.SIZE)
@@ -163,32 +164,33 @@ def _geometry_kernel(
     sample = tl.program_id(1).to(tl.int64)
     ids_ptr += sample * V
     id = tl.load(ids_ptr + voxel, mask=voxel < V, other=0)
-    found = tl.load(names_ptr + sample * V - 1 + id, mask=id > 0, other=0)
-    row = tl.where(id > 0, tl.abs(found), -id)  # negative: a root, which holds minus its row
-    tl.store(ids_ptr + voxel, row, mask=id != 0)
+    if tl.max(tl.abs(id), axis=0) > 0:  # most blocks are background
+        found = tl.load(names_ptr + sample * V - 1 + id, mask=id > 0, other=0)
+        row = tl.where(id > 0, tl.abs(found), -id)  # negative: a root, which holds minus its row
+        tl.store(ids_ptr + voxel, row, mask=id != 0)
 
-    z, y, x = coordinates(voxel, H, W)
-    row = tl.where(row <= _room(sample, capacity, rest_samples, rest), row, 0)  # more than promised: nowhere
-    while tl.max(row, axis=0) > 0:
-        largest = tl.max(row, axis=0)
-        here = row == largest
-        size = tl.sum(here.to(tl.int32), axis=0)
-        if largest <= capacity:
-            row_ptr = geometry_ptr + (sample * capacity + largest - 1) * COLUMNS
-            tl.atomic_add(row_ptr + SIZE, size.to(tl.int64), sem="relaxed")
-            _add_axis(row_ptr, z, here, 0)
-            _add_axis(row_ptr, y, here, 1)
-            _add_axis(row_ptr, x, here, 2)
-        else:
-            tl.atomic_add(rest_sizes_ptr + sample * rest + largest - capacity - 1, size, sem="relaxed")
-        row = tl.where(here, 0, row)
+        z, y, x = coordinates(voxel, H, W)
+        row = tl.where(row <= _room(sample, capacity, rest_samples, rest), row, 0)  # more than promised: nowhere
+        while tl.max(row, axis=0) > 0:
+            largest = tl.max(row, axis=0)
+            here = row == largest
+            size = tl.sum(here.to(tl.int32), axis=0)
+            if largest <= capacity:
+                row_ptr = geometry_ptr + (sample * capacity + largest - 1) * COLUMNS
+                tl.atomic_add(row_ptr + SIZE, size.to(tl.int64), sem="relaxed")
+                _add_axis(row_ptr, z, here, 0)
+                _add_axis(row_ptr, y, here, 1)
+                _add_axis(row_ptr, x, here, 2)
+            else:
+                tl.atomic_add(rest_sizes_ptr + sample * rest + largest - capacity - 1, size, sem="relaxed")
+            row = tl.where(here, 0, row)
 
 
 def blocks_of(ids: Tensor) -> tuple[int, int]:
     """Lanes of a program and programs a sample: the blocks in which names are counted and ranked."""
     num_voxels = ids.shape[1:].numel()
     block = block_size(num_voxels, REDUCE_BLOCK)
-    return block, triton.cdiv(num_voxels, block)
+    return block, cut(num_voxels, block)
 
 
 def number(
@@ -204,8 +206,8 @@ def number(
     names = torch.zeros_like(ids)
     parts = ids.new_empty((batch, programs))
     if ids.numel() > 0:
-        _tally_kernel[programs, batch](ids, names, num_voxels, min_size > 0, block, num_warps=REDUCE_WARPS)
-        _count_kernel[programs, batch](names, parts, num_voxels, min_size, block, num_warps=REDUCE_WARPS)
+        launch(_tally_kernel, (programs, batch), ids, names, num_voxels, min_size > 0, block, num_warps=REDUCE_WARPS)
+        launch(_count_kernel, (programs, batch), names, parts, num_voxels, min_size, block, num_warps=REDUCE_WARPS)
     return _rank_and_measure(ids, names, parts, capacity, rest_sizes)
 
 
@@ -231,11 +233,11 @@ def _rank_and_measure(
     block, programs = blocks_of(ids)
     # One flat cumsum: along the last axis of a few long rows, torch's runs on a few threads.
     ends = parts.flatten().cumsum(0, dtype=torch.int32)
-    _rank_kernel[programs, batch](
+    launch(_rank_kernel, (programs, batch),
         names, ends, counts, geometry, rest_sizes, num_voxels, capacity, *rest_sizes.shape, block,
         num_warps=REDUCE_WARPS,
     )  # fmt: skip
-    _geometry_kernel[programs, batch](
+    launch(_geometry_kernel, (programs, batch),
         ids, names, geometry, rest_sizes, num_voxels, height, width, capacity, *rest_sizes.shape, block,
         num_warps=REDUCE_WARPS,
     )  # fmt: skip

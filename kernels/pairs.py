@@ -1,7 +1,7 @@
 """Which kept outputs and labels touch, and what they bring each other.
 
-The *pairs* of rows (output, label) that touch are a hash set for each sample: a table of slots, a power of two, more
-than twice as many as there can be pairs. A pair is put in by linear probing, and a slot taken by compare-and-swap and
+The *pairs* of rows (output, label) that touch are a hash set for each sample: a table of slots, twice
+as many as there can be pairs. A pair is put in by linear probing, and a slot taken by compare-and-swap and
 never freed. In which order pairs come, and so where they stand, is any; what follows from them is added in the order of
 rows, each pair looked up:
 
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from .. import ops
 from .blocks import block_size, table_programs
+from .launches import launch
 from .quantities import PARTS_BLOCK, sum_parts
 
 COST: tl.constexpr = tl.constexpr(ops.COST)
@@ -39,21 +40,27 @@ SUMS_WARPS = 1
 # One lane a thread of two warps: a sample rarely has more labels or kept outputs.
 NEIGHBOURS_BLOCK, NEIGHBOURS_WARPS = 64, 2
 # Odd multipliers with well spread bits (from the golden ratio and from MurmurHash3), below 2^32, so that a product with
-# a row stays below 2^63. The low bits of a product are the worst mixed.
+# a row stays below 2^63. Of the low half of a product the high bits are mixed best: they say where in the table.
 OUT_FACTOR: tl.constexpr = tl.constexpr(0x9E3779B1)
 LAB_FACTOR: tl.constexpr = tl.constexpr(0x85EBCA6B)
-HASH_SHIFT: tl.constexpr = tl.constexpr(15)
 
 
 @triton.jit
 def _key_and_slot(out, lab, slots):
     """What stands for a pair of rows, counted from 1 in int64, and in which of the slots it is looked for first."""
-    return (out << 32) | lab, (((out * OUT_FACTOR) ^ (lab * LAB_FACTOR)) >> HASH_SHIFT) & (slots - 1)
+    mixed = ((out * OUT_FACTOR) ^ (lab * LAB_FACTOR)) & 0xFFFFFFFF
+    return (out << 32) | lab, (mixed * slots) >> 32
+
+
+@triton.jit
+def _next(slot, slots):
+    """The slot behind one, in a circle."""
+    return tl.where(slot + 1 < slots, slot + 1, 0)
 
 
 @triton.jit
 def insert_pair(pairs_ptr, out, lab, slots, THREADS: tl.constexpr):
-    """Put a pair of rows into the hash table of `slots` (a power of two), unless it is there or the table is full.
+    """Put a pair of rows into the hash table of `slots`, unless it is there or the table is full.
 
     By all THREADS of the program, one lane each.
     """
@@ -68,7 +75,7 @@ def insert_pair(pairs_ptr, out, lab, slots, THREADS: tl.constexpr):
             # If one of them did, the next ones found the key there.
             found = tl.max(tl.atomic_cas(pairs_ptr + slot + empty, empty, empty + key, sem="relaxed"), axis=0)
         probes = tl.where(found == key, slots, probes + 1)
-        slot = (slot + 1) & (slots - 1)
+        slot = _next(slot, slots)
 
 
 @triton.jit
@@ -82,7 +89,7 @@ def _touching(pairs_ptr, out, lab, here, slots):
         at = tl.load(pairs_ptr + slot, mask=searching > 0, other=0)
         found = tl.where(at == key, key, found)
         searching = tl.where((at == key) | (at == 0), 0, searching)
-        slot = (slot + 1) & (slots - 1)
+        slot = _next(slot, slots)
         probes += 1
     return found > 0
 
@@ -136,7 +143,7 @@ def _sum_neighbours_kernel(
 @triton.jit
 def _sum_neighbours_backward_kernel(
     pairs_ptr,  # (B, slots) int64
-    grad_lab_sums_ptr,  # (B, capacity, 3) float64
+    grad_sums_ptr,  # (2 B, capacity, 3) float64
     counts_ptr,  # (3, B) int32
     grad_excess_ptr,  # (B, capacity) float64
     slots,
@@ -147,13 +154,13 @@ def _sum_neighbours_backward_kernel(
     B = tl.num_programs(1)
     outputs, kept = tl.load(counts_ptr + OUTPUTS * B + sample), tl.load(counts_ptr + KEPT * B + sample)
     num_labels = tl.minimum(tl.load(counts_ptr + LABELS * B + sample), capacity)
-    grad_lab_sums_ptr += sample * capacity * GRADIENT_COLUMNS
+    grad_labels_ptr = grad_sums_ptr + (B + sample) * capacity * GRADIENT_COLUMNS
     for row in range(tl.program_id(0), tl.minimum(outputs, capacity), tl.num_programs(0)):
         brought = tl.zeros((BLOCK,), tl.float64)
         for first in range(0, tl.where(row < kept, num_labels, 0), BLOCK):
             lab = first + tl.arange(0, BLOCK)
             here = _touching(pairs_ptr + sample * slots, row + lab * 0, lab, lab < num_labels, slots)
-            brought += tl.load(grad_lab_sums_ptr + lab * GRADIENT_COLUMNS + COST, mask=here, other=0.0)
+            brought += tl.load(grad_labels_ptr + lab * GRADIENT_COLUMNS + COST, mask=here, other=0.0)
         tl.store(grad_excess_ptr + sample * capacity + row, tl.sum(brought, axis=0))
 
 
@@ -162,18 +169,18 @@ def sum_neighbours(
 ) -> None:
     """Write what rows get from those that touch them into `sums`, and the sums of `parts` into `sample_sums`."""
     (batch, slots), capacity, blocks = pairs.shape, sums.shape[1], parts.shape[1]
-    _sum_neighbours_kernel[(table_programs(capacity), batch)](
+    launch(_sum_neighbours_kernel, (table_programs(capacity), batch),
         pairs, geometry, excess, counts, parts, sums, sample_sums, blocks, slots, capacity,
         block_size(blocks, PARTS_BLOCK), block_size(capacity, NEIGHBOURS_BLOCK), num_warps=NEIGHBOURS_WARPS,
     )  # fmt: skip
 
 
-def sum_neighbours_backward(pairs: Tensor, grad_lab_sums: Tensor, counts: Tensor) -> Tensor:
+def sum_neighbours_backward(pairs: Tensor, grad_sums: Tensor, counts: Tensor) -> Tensor:
     """Gradient of the excess of each output, (B, capacity) float64."""
-    (batch, slots), capacity = pairs.shape, grad_lab_sums.shape[1]
+    (batch, slots), capacity = pairs.shape, grad_sums.shape[1]
     grad_excess = torch.empty((batch, capacity), dtype=torch.float64, device=pairs.device)
-    _sum_neighbours_backward_kernel[(table_programs(capacity), batch)](
-        pairs, grad_lab_sums, counts, grad_excess, slots, capacity, block_size(capacity, NEIGHBOURS_BLOCK),
+    launch(_sum_neighbours_backward_kernel, (table_programs(capacity), batch),
+        pairs, grad_sums, counts, grad_excess, slots, capacity, block_size(capacity, NEIGHBOURS_BLOCK),
         num_warps=NEIGHBOURS_WARPS,
     )  # fmt: skip
     return grad_excess

@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .blocks import block_size, coordinates
+from .blocks import block_size, coordinates, cut
+from .launches import launch
 
 ROUND_BLOCK = 256
 
@@ -61,8 +62,8 @@ def propagate(mask: Tensor, rounds: int) -> Tensor:
     flags = torch.zeros(rounds + 1, dtype=torch.int32, device=mask.device)
     flags[:1].fill_(1)
     block = block_size(num_voxels, ROUND_BLOCK)
-    grid = (triton.cdiv(num_voxels, block), batch)
+    grid = (cut(num_voxels, block), batch)
     for i in range(rounds):
-        _round_kernel[grid](source, target, flags[i:], depth, height, width, block)
+        launch(_round_kernel, grid, source, target, flags[i:], depth, height, width, block)
         source, target = target, source
     return source

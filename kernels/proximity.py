@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .. import ops
 from .blocks import block_size, table_programs
+from .launches import launch
 
 COLUMNS: tl.constexpr = tl.constexpr(ops.GEOMETRY_COLUMNS)
 LOWS: tl.constexpr = tl.constexpr(ops.LOWS.start)
@@ -98,7 +99,16 @@ def launch_proximity_minima(geometry: Tensor, counts: Tensor, shape: list[int], 
     if minima.numel() > 0:
         used = counts[ops.KEPT :].flatten()
         block = block_size(capacity, OTHERS_BLOCK)
-        _smallest_diou_kernel[(table_programs(capacity), sides)](
-            geometry, used, minima, capacity, *shape, int(planar), block, num_warps=OTHERS_WARPS
+        launch(
+            _smallest_diou_kernel,
+            (table_programs(capacity), sides),
+            geometry,
+            used,
+            minima,
+            capacity,
+            *shape,
+            int(planar),
+            block,
+            num_warps=OTHERS_WARPS,
         )
     return minima

@@ -39,6 +39,8 @@ Bytes a voxel: forward 8, and x where that is a. Backward 8, x where the formula
 that no pixel term sees), the labels where the pixel term sees them, and one gradient written.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -46,7 +48,8 @@ from torch import Tensor
 
 from .. import ops, quantities
 from .activation import NONE, NOT_FUSED, RAW, probability, seen_by_pixel
-from .blocks import adding_programs, block_size, table_programs, threads
+from .blocks import adding_programs, block_size, cut, table_programs, threads
+from .launches import launch
 from .pairs import SUMS_WARPS, insert_pair, sum_neighbours, sum_neighbours_backward
 from .quantities import phi, phi_derivative, sum_where
 
@@ -58,6 +61,7 @@ OVERLAP: tl.constexpr = tl.constexpr(ops.OVERLAP)
 COLUMNS: tl.constexpr = tl.constexpr(ops.SUMS_COLUMNS)
 SAMPLE_COLUMNS: tl.constexpr = tl.constexpr(ops.SAMPLE_COLUMNS)
 OUTPUTS: tl.constexpr = tl.constexpr(ops.OUTPUTS)
+KEPT: tl.constexpr = tl.constexpr(ops.KEPT)
 LABELS: tl.constexpr = tl.constexpr(ops.LABELS)
 GRADIENT_COLUMNS: tl.constexpr = tl.constexpr(ops.GRADIENT_COLUMNS)
 SAMPLE_GRADIENT_COLUMNS: tl.constexpr = tl.constexpr(ops.SAMPLE_GRADIENT_COLUMNS)
@@ -65,15 +69,15 @@ WHOLE_GRADIENT_COLUMNS: tl.constexpr = tl.constexpr(ops.WHOLE_GRADIENT_COLUMNS)
 BY_REST: tl.constexpr = tl.constexpr(ops.BY_REST)
 BY_FALSE: tl.constexpr = tl.constexpr(ops.BY_FALSE)
 SLOPES_COLUMNS: tl.constexpr = tl.constexpr(ops.SLOPES_COLUMNS)
-FALSE_INSTANCES: tl.constexpr = tl.constexpr(ops.FALSE_INSTANCES)
-MISSED_INSTANCES: tl.constexpr = tl.constexpr(ops.MISSED_INSTANCES)
 HARD: tl.constexpr = tl.constexpr(ops.HARD)
 NO_GRADIENT: tl.constexpr = tl.constexpr(ops.NO_GRADIENT)
+OF_MEAN: tl.constexpr = tl.constexpr(ops.OF_MEAN)
 OF_LOGARITHM: tl.constexpr = tl.constexpr(ops.OF_LOGARITHM)
 # For one warp (pairs.py), which reduces without barriers. A soft output or a cross entropy has several numbers a voxel
 # to keep instead of one; in a block of 256, some would not fit the registers.
 SUMS_BLOCK, LONG_SUMS_BLOCK = 256, 128
-GRADIENT_BLOCK = 512
+# Four voxels a thread of one warp, so that a block of background is found without a barrier.
+GRADIENT_BLOCK, GRADIENT_WARPS = 128, 1
 CLEAR_BLOCK = 256
 
 
@@ -120,11 +124,9 @@ def _clear_kernel(
 @triton.jit
 def _sum_instances_kernel(
     x_ptr,  # (B, V) float32 or float64
-    out_sites_ptr,  # (B, V) int32
-    lab_sites_ptr,  # (B, V) int32
-    kept_ptr,  # (B,) int32
-    out_sums_ptr,  # (B, capacity, 5) float64
-    lab_sums_ptr,  # (B, capacity, 5) float64
+    sites_ptr,  # (2 B, V) int32
+    counts_ptr,  # (3, B) int32
+    sums_ptr,  # (2 B, capacity, 5) float64
     excess_ptr,  # (B, capacity) float64
     parts_ptr,  # (B, blocks, 3) float64: of the sums of a sample
     pairs_ptr,  # (B, pair_capacity) int64
@@ -140,14 +142,16 @@ def _sum_instances_kernel(
     THREADS: tl.constexpr,
 ):
     sample = tl.program_id(1).to(tl.int64)
-    kept = tl.load(kept_ptr + sample)
+    B = tl.num_programs(1)
+    kept = tl.load(counts_ptr + KEPT * B + sample)
+    alone = (kept == 0) | (tl.load(counts_ptr + LABELS * B + sample) == 0)
     blocks = (V - 1) // BLOCK + 1  # rounded up; V + BLOCK may not fit
     for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
         voxel = block * BLOCK + tl.arange(0, BLOCK)
         index = sample * V + voxel
         in_volume = voxel < V
-        out_site = tl.load(out_sites_ptr + index, mask=in_volume, other=0)
-        lab_site = tl.load(lab_sites_ptr + index, mask=in_volume, other=0)
+        out_site = tl.load(sites_ptr + index, mask=in_volume, other=0)
+        lab_site = tl.load(sites_ptr + B.to(tl.int64) * V + index, mask=in_volume, other=0)
         y = (lab_site != 0).to(tl.float32)
         a = (out_site != 0).to(tl.float32)
         if ACTIVATION == NONE:
@@ -155,61 +159,125 @@ def _sum_instances_kernel(
             y = y.to(a.dtype)
         key = (tl.maximum(out_site, 0).to(tl.int64) << 32) | tl.maximum(lab_site, 0)
 
-        part_ptr = parts_ptr + (sample * blocks + block) * SAMPLE_COLUMNS
-        tl.store(part_ptr, sum_where(a * y, in_volume))
-        tl.store(part_ptr + 1, sum_where(phi(a, y, QUANTITY), in_volume))
-        tl.store(part_ptr + 2, sum_where(y, in_volume))
+        if alone:  # elsewhere nobody asks for the sums of the sample
+            part_ptr = parts_ptr + (sample * blocks + block) * SAMPLE_COLUMNS
+            tl.store(part_ptr, sum_where(a * y, in_volume))
+            tl.store(part_ptr + 1, sum_where(phi(a, y, QUANTITY), in_volume))
+            tl.store(part_ptr + 2, sum_where(y, in_volume))
+        if tl.max(key, axis=0) > 0:  # most blocks are background
+            phi_0 = phi(a, tl.zeros_like(a), QUANTITY)
+            phi_1 = phi(a, tl.zeros_like(a) + 1, QUANTITY)
+            excess = tl.where(y > 0, 0.0, phi(a * a, tl.zeros_like(a), QUANTITY)) if NO_TP else phi_0
+            while tl.max(key, axis=0) > 0:
+                largest = tl.max(key, axis=0)
+                here = key == largest
+                out, lab = largest >> 32, largest & 0xFFFFFFFF
+                inside = (out > 0) & (out <= kept)
+                count = tl.sum(here.to(tl.int32), axis=0).to(tl.float64)
+                mass, cost_0, cost_1 = sum_where(a, here), sum_where(phi_0, here), sum_where(phi_1, here)
+                if (out > 0) & (out <= capacity):
+                    row_ptr = sums_ptr + (sample * capacity + out - 1) * COLUMNS
+                    tl.atomic_add(row_ptr + MASS, mass, sem="relaxed")
+                    tl.atomic_add(row_ptr + COST, tl.where(lab > 0, cost_1, cost_0), sem="relaxed")
+                    tl.atomic_add(excess_ptr + sample * capacity + out - 1, sum_where(excess, here), sem="relaxed")
+                    if lab > 0:
+                        tl.atomic_add(row_ptr + INTERSECTION, mass, sem="relaxed")
+                        tl.atomic_add(row_ptr + OVERLAP, count, sem="relaxed")
+                elif (out > capacity) & (out <= capacity + rest) & (lab > 0):
+                    tl.store(touched_ptr + sample * rest + out - capacity - 1, True)
+                if (lab > 0) & (lab <= capacity):
+                    row_ptr = sums_ptr + ((B + sample) * capacity + lab - 1) * COLUMNS
+                    tl.atomic_add(row_ptr + MASS, mass, sem="relaxed")
+                    if out > 0:
+                        tl.atomic_add(row_ptr + TOUCHED, count, sem="relaxed")
+                    if inside:
+                        tl.atomic_add(row_ptr + INTERSECTION, mass, sem="relaxed")
+                        tl.atomic_add(row_ptr + COST, cost_1 if NO_TP else cost_1 - cost_0, sem="relaxed")
+                        tl.atomic_add(row_ptr + OVERLAP, count, sem="relaxed")
+                        insert_pair(pairs_ptr + sample * pair_capacity, out, lab, pair_capacity, THREADS)
+                key = tl.where(here, 0, key)
 
-        phi_0 = phi(a, tl.zeros_like(a), QUANTITY)
-        phi_1 = phi(a, tl.zeros_like(a) + 1, QUANTITY)
-        excess = tl.where(y > 0, 0.0, phi(a * a, tl.zeros_like(a), QUANTITY)) if NO_TP else phi_0
-        while tl.max(key, axis=0) > 0:
-            largest = tl.max(key, axis=0)
-            here = key == largest
-            out, lab = largest >> 32, largest & 0xFFFFFFFF
-            inside = (out > 0) & (out <= kept)
-            count = sum_where(tl.zeros_like(a) + 1, here)
-            mass, cost_0, cost_1 = sum_where(a, here), sum_where(phi_0, here), sum_where(phi_1, here)
-            if (out > 0) & (out <= capacity):
-                row_ptr = out_sums_ptr + (sample * capacity + out - 1) * COLUMNS
-                tl.atomic_add(row_ptr + MASS, mass, sem="relaxed")
-                tl.atomic_add(row_ptr + COST, tl.where(lab > 0, cost_1, cost_0), sem="relaxed")
-                tl.atomic_add(excess_ptr + sample * capacity + out - 1, sum_where(excess, here), sem="relaxed")
-                if lab > 0:
-                    tl.atomic_add(row_ptr + INTERSECTION, mass, sem="relaxed")
-                    tl.atomic_add(row_ptr + OVERLAP, count, sem="relaxed")
-            elif (out > capacity) & (out <= capacity + rest) & (lab > 0):
-                tl.store(touched_ptr + sample * rest + out - capacity - 1, True)
-            if (lab > 0) & (lab <= capacity):
-                row_ptr = lab_sums_ptr + (sample * capacity + lab - 1) * COLUMNS
-                tl.atomic_add(row_ptr + MASS, mass, sem="relaxed")
-                if out > 0:
-                    tl.atomic_add(row_ptr + TOUCHED, count, sem="relaxed")
-                if inside:
-                    tl.atomic_add(row_ptr + INTERSECTION, mass, sem="relaxed")
-                    tl.atomic_add(row_ptr + COST, cost_1 if NO_TP else cost_1 - cost_0, sem="relaxed")
-                    tl.atomic_add(row_ptr + OVERLAP, count, sem="relaxed")
-                    insert_pair(pairs_ptr + sample * pair_capacity, out, lab, pair_capacity, THREADS)
-            key = tl.where(here, 0, key)
+
+@triton.jit
+def _of_instances(
+    x,
+    out,
+    lab,
+    sample,
+    grad_sums_ptr,
+    grad_excess_ptr,
+    sample_ptr,
+    counts_ptr,
+    capacity,
+    QUANTITY: tl.constexpr,
+    NO_TP: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+):
+    """Gradient of a, from those of the sums of instances and of the whole sample."""
+    B = tl.num_programs(1)
+    kept = tl.load(counts_ptr + KEPT * B + sample)
+    foreground, y = out != 0, (lab != 0).to(x.dtype)
+    a = x if ACTIVATION == NONE else foreground.to(x.dtype)
+    in_out = (out > 0) & (out <= capacity)
+    in_lab = (lab > 0) & (lab <= capacity)
+    inside = in_lab & (out > 0) & (out <= kept)
+    on_label = (lab > 0).to(x.dtype)
+    slope_0 = phi_derivative(a, tl.zeros_like(a), QUANTITY)
+    slope_1 = phi_derivative(a, tl.zeros_like(a) + 1, QUANTITY)
+    excess = tl.where(y > 0, 0.0, phi_derivative(a * a, tl.zeros_like(a), QUANTITY) * a) if NO_TP else slope_0
+
+    row_ptr = grad_sums_ptr + (sample * capacity + out - 1) * GRADIENT_COLUMNS
+    grad = tl.load(row_ptr + MASS, mask=in_out, other=0.0)
+    grad += tl.load(row_ptr + INTERSECTION, mask=in_out & (lab > 0), other=0.0)
+    grad += _times(tl.load(row_ptr + COST, mask=in_out, other=0.0), phi_derivative(a, on_label, QUANTITY), in_out)
+    grad_excess = tl.load(grad_excess_ptr + sample * capacity + out - 1, mask=in_out, other=0.0)
+    grad += _times(grad_excess, excess, in_out)
+
+    row_ptr = grad_sums_ptr + ((B + sample) * capacity + lab - 1) * GRADIENT_COLUMNS
+    grad += tl.load(row_ptr + MASS, mask=in_lab, other=0.0)
+    grad += tl.load(row_ptr + INTERSECTION, mask=inside, other=0.0)
+    slope = slope_1 if NO_TP else slope_1 - slope_0
+    grad += _times(tl.load(row_ptr + COST, mask=inside, other=0.0), slope, inside)
+
+    slope = phi_derivative(a, y, QUANTITY).to(tl.float64)
+    if ACTIVATION != NONE:
+        slope = tl.where(foreground | (y > 0), slope, 0.0)
+    return grad + tl.load(sample_ptr) * y.to(tl.float64) + tl.load(sample_ptr + 1) * slope
+
+
+@triton.jit
+def _of_mistakes(
+    out, lab, sample, grad_mistakes_ptr, slopes_ptr, sample_ptr, rest_sizes_ptr, touched_ptr, capacity, rest
+):
+    """Gradients of false and of missed instances at their voxels."""
+    in_out, in_lab = (out > 0) & (out <= capacity), (lab > 0) & (lab <= capacity)
+    out_row, lab_row = sample * capacity + out - 1, (tl.num_programs(1) + sample) * capacity + lab - 1
+    false = tl.load(slopes_ptr + out_row * SLOPES_COLUMNS + BY_FALSE, mask=in_out, other=0.0)
+    missed = tl.load(slopes_ptr + lab_row * SLOPES_COLUMNS + BY_FALSE, mask=in_lab, other=0.0)
+    false *= tl.load(grad_mistakes_ptr)
+    missed *= tl.load(grad_mistakes_ptr + 1)
+    in_rest = (out > capacity) & (out <= capacity + rest)
+    row = sample * rest + out - capacity - 1
+    size = tl.load(rest_sizes_ptr + row, mask=in_rest, other=1)
+    touched = tl.load(touched_ptr + row, mask=in_rest, other=1)
+    false += tl.where(touched, 0.0, tl.load(sample_ptr + BY_REST) / size.to(tl.float64))
+    return false, missed
 
 
 @triton.jit
 def _sum_instances_backward_kernel(
-    grad_terms_ptr,  # (7,) float64
-    out_slopes_ptr,  # (B, capacity, 5) float64
-    lab_slopes_ptr,  # (B, capacity, 5) float64
-    grad_out_sums_ptr,  # (B, capacity, 3) float64
-    grad_lab_sums_ptr,  # (B, capacity, 3) float64
+    grad_mistakes_ptr,  # (2,) float64: of false and of missed instances
+    slopes_ptr,  # (2 B, capacity, 5) float64
+    grad_sums_ptr,  # (2 B, capacity, 3) float64
     grad_excess_ptr,  # (B, capacity) float64
     grad_sample_sums_ptr,  # (B, 3) float64
     grad_pixel_sums_ptr,  # (B, 2) float64
     x_ptr,  # (B, V) float32 or float64
     labels_ptr,  # (B, V) of any real dtype
-    out_sites_ptr,  # (B, V) int32
-    lab_sites_ptr,  # (B, V) int32
+    sites_ptr,  # (2 B, V) int32
     rest_sizes_ptr,  # (B, rest) int32
     touched_ptr,  # (B, rest) bool
-    kept_ptr,  # (B,) int32
+    counts_ptr,  # (3, B) int32
     grad_x_ptr,  # (B, V), of the dtype of x
     V,
     capacity,
@@ -224,62 +292,34 @@ def _sum_instances_backward_kernel(
 ):
     voxel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     sample = tl.program_id(1).to(tl.int64)
+    B = tl.num_programs(1)
     index = sample * V + voxel
     in_volume = voxel < V
     # What is loaded and then not used, the compiler drops.
     x = tl.load(x_ptr + index, mask=in_volume, other=0)
-    out = tl.load(out_sites_ptr + index, mask=in_volume, other=0)
-    lab = tl.load(lab_sites_ptr + index, mask=in_volume, other=0)
-    foreground, y = out != 0, (lab != 0).to(x.dtype)
-    a = x if ACTIVATION == NONE else foreground.to(x.dtype)
-    kept = tl.load(kept_ptr + sample)
-
-    in_out = (out > 0) & (out <= capacity)
-    in_lab = (lab > 0) & (lab <= capacity)
-    inside = in_lab & (out > 0) & (out <= kept)
-    on_label = (lab > 0).to(x.dtype)
-    slope_0 = phi_derivative(a, tl.zeros_like(a), QUANTITY)
-    slope_1 = phi_derivative(a, tl.zeros_like(a) + 1, QUANTITY)
-    excess = tl.where(y > 0, 0.0, phi_derivative(a * a, tl.zeros_like(a), QUANTITY) * a) if NO_TP else slope_0
-
-    row_ptr = grad_out_sums_ptr + (sample * capacity + out - 1) * GRADIENT_COLUMNS
-    grad = tl.load(row_ptr + MASS, mask=in_out, other=0.0)
-    grad += tl.load(row_ptr + INTERSECTION, mask=in_out & (lab > 0), other=0.0)
-    grad += _times(tl.load(row_ptr + COST, mask=in_out, other=0.0), phi_derivative(a, on_label, QUANTITY), in_out)
-    grad_excess = tl.load(grad_excess_ptr + sample * capacity + out - 1, mask=in_out, other=0.0)
-    grad += _times(grad_excess, excess, in_out)
-
-    row_ptr = grad_lab_sums_ptr + (sample * capacity + lab - 1) * GRADIENT_COLUMNS
-    grad += tl.load(row_ptr + MASS, mask=in_lab, other=0.0)
-    grad += tl.load(row_ptr + INTERSECTION, mask=inside, other=0.0)
-    slope = slope_1 if NO_TP else slope_1 - slope_0
-    grad += _times(tl.load(row_ptr + COST, mask=inside, other=0.0), slope, inside)
-
-    here = foreground | (y > 0)
-    row_ptr = grad_sample_sums_ptr + sample * WHOLE_GRADIENT_COLUMNS
-    slope = phi_derivative(a, y, QUANTITY).to(tl.float64)
-    if ACTIVATION != NONE:
-        slope = tl.where(here, slope, 0.0)
-    # Where something is broken the load is NaN, and so is the gradient everywhere.
-    grad += tl.load(row_ptr) * y.to(tl.float64) + tl.load(row_ptr + 1) * slope
-
+    out = tl.load(sites_ptr + index, mask=in_volume, other=0)
+    lab = tl.load(sites_ptr + B.to(tl.int64) * V + index, mask=in_volume, other=0)
     p = probability(x, ACTIVATION)
-    if MISTAKES != NO_GRADIENT:
-        out_row, lab_row = sample * capacity + out - 1, sample * capacity + lab - 1
-        false = tl.load(out_slopes_ptr + out_row * SLOPES_COLUMNS + BY_FALSE, mask=in_out, other=0.0)
-        missed = tl.load(lab_slopes_ptr + lab_row * SLOPES_COLUMNS + BY_FALSE, mask=in_lab, other=0.0)
-        false *= tl.load(grad_terms_ptr + FALSE_INSTANCES)
-        missed *= tl.load(grad_terms_ptr + MISSED_INSTANCES)
-        in_rest = (out > capacity) & (out <= capacity + rest)
-        row = sample * rest + out - capacity - 1
-        size = tl.load(rest_sizes_ptr + row, mask=in_rest, other=1)
-        touched = tl.load(touched_ptr + row, mask=in_rest, other=1)
-        false += tl.where(touched, 0.0, tl.load(row_ptr + BY_REST) / size.to(tl.float64))
-        if MISTAKES != OF_LOGARITHM:
-            grad += false + missed
+    here = (out != 0) | (lab != 0)
+    sample_ptr = grad_sample_sums_ptr + sample * WHOLE_GRADIENT_COLUMNS
+    # Where something is broken the loads are NaN, and so is the gradient everywhere.
+    grad = tl.zeros((BLOCK,), tl.float64) + 0.0 * (tl.load(sample_ptr) + tl.load(sample_ptr + 1))
+    false, missed = tl.zeros((BLOCK,), tl.float64), tl.zeros((BLOCK,), tl.float64)
+    # A soft output is everywhere; most blocks of a hard one are background.
+    if (ACTIVATION == NONE) | (tl.max(here.to(tl.int32), axis=0) > 0):
+        grad += _of_instances(
+            x, out, lab, sample, grad_sums_ptr, grad_excess_ptr, sample_ptr, counts_ptr, capacity,
+            QUANTITY, NO_TP, ACTIVATION,
+        )  # fmt: skip
+        if MISTAKES != NO_GRADIENT:
+            false, missed = _of_mistakes(
+                out, lab, sample, grad_mistakes_ptr, slopes_ptr, sample_ptr, rest_sizes_ptr, touched_ptr, capacity, rest
+            )
+    if MISTAKES == OF_MEAN:
+        grad += false + missed
     if PIXEL != NOT_FUSED:
         labels = tl.load(labels_ptr + index, mask=in_volume, other=0)
-        u, w = seen_by_pixel(x, p, foreground, y, labels, PIXEL)
+        u, w = seen_by_pixel(x, p, out != 0, lab != 0, labels, PIXEL)
         row_ptr = grad_pixel_sums_ptr + sample * SAMPLE_GRADIENT_COLUMNS
         by_u = tl.load(row_ptr) * w.to(tl.float64)
         by_u += tl.load(row_ptr + 1) * phi_derivative(u, w, PIXEL_QUANTITY).to(tl.float64)
@@ -304,41 +344,38 @@ def launch_sum_instances(
     activation: int,
     quantity: int,
     no_tp: bool,
-    pair_capacity: int,
+    pairs: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Sums by instance and by sample, pairs that touch, and the rest; `pair_capacity` is a power of two."""
-    if pair_capacity < 1 or pair_capacity & (pair_capacity - 1):
-        raise ValueError(f"pair_capacity must be a power of two, got {pair_capacity}.")
-    batch, capacity, rest = len(x), geometry.shape[1], sites[1].shape[1]
-    num_voxels = x[0].numel() if batch else 0
+    """Sums by instance and by sample, the pairs that touch, for which there is room for `pairs`, and the rest."""
+    (batch, *shape), (_, capacity, _), rest, device = x.shape, geometry.shape, sites[1].shape[1], x.device
+    num_voxels = math.prod(shape)
     several = activation == ops.NONE or quantity == quantities.CROSS_ENTROPY
     block = block_size(num_voxels, LONG_SUMS_BLOCK if several else SUMS_BLOCK)
-    blocks = triton.cdiv(num_voxels, block)
+    blocks = cut(num_voxels, block)
     sizes = (2 * batch, capacity, ops.SUMS_COLUMNS), (batch, capacity), (batch, blocks, ops.SAMPLE_COLUMNS)
-    sums, excess, parts = (torch.empty(size, dtype=torch.float64, device=x.device) for size in sizes)
-    sample_sums = torch.empty((batch, ops.SAMPLE_COLUMNS), dtype=torch.float64, device=x.device)
-    pairs = torch.empty((batch, pair_capacity), dtype=torch.int64, device=x.device)
-    touched = torch.empty((batch, rest), dtype=torch.bool, device=x.device)
+    sums, excess, parts = (torch.empty(size, dtype=torch.float64, device=device) for size in sizes)
+    sample_sums = torch.empty((batch, ops.SAMPLE_COLUMNS), dtype=torch.float64, device=device)
+    where = torch.empty((batch, pairs), dtype=torch.int64, device=device)
+    touched = torch.empty((batch, rest), dtype=torch.bool, device=device)
     if batch > 0:
-        clear_block = block_size(pair_capacity, CLEAR_BLOCK)
-        _clear_kernel[(table_programs(triton.cdiv(pair_capacity, clear_block)), batch)](
-            counts, sums, excess, pairs, touched, capacity, pair_capacity, rest, clear_block
-        )
-        out_sums, lab_sums = sums.chunk(2)
+        clear_block = block_size(pairs, CLEAR_BLOCK)
+        launch(_clear_kernel, (table_programs(cut(pairs, clear_block)), batch),
+            counts, sums, excess, where, touched, capacity, pairs, rest, clear_block,
+        )  # fmt: skip
         if num_voxels > 0:
             # Sums of a hard output are whole numbers, the same in any order.
             programs = adding_programs(blocks) if activation == ops.NONE else blocks
-            _sum_instances_kernel[(programs, batch)](
-                x, *sites[0].chunk(2), counts[ops.KEPT], out_sums, lab_sums, excess, parts, pairs, touched,
-                num_voxels, capacity, pair_capacity, rest, quantity, no_tp, activation, block, threads(SUMS_WARPS),
+            launch(_sum_instances_kernel, (programs, batch),
+                x, sites[0], counts, sums, excess, parts, where, touched,
+                num_voxels, capacity, pairs, rest, quantity, no_tp, activation, block, threads(SUMS_WARPS),
                 num_warps=SUMS_WARPS,
             )  # fmt: skip
-        sum_neighbours(pairs, geometry, excess, counts, parts, sums, sample_sums)
-    return sums, sample_sums, pairs, touched
+        sum_neighbours(where, geometry, excess, counts, parts, sums, sample_sums)
+    return sums, sample_sums, where, touched
 
 
 def launch_sum_instances_backward(
-    grad_terms: Tensor,
+    grad_mistakes: Tensor,
     slopes: Tensor,
     grad_sums: Tensor,
     grad_sample_sums: Tensor,
@@ -357,17 +394,16 @@ def launch_sum_instances_backward(
     mistakes: int,
 ) -> Tensor:
     """Gradient of z from those of the sums by instance and by sample, of the pixel term's, and of the mistakes."""
-    grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if x.numel() == 0:
+    grad_x = torch.empty_like(x)
+    batch, capacity, num_voxels = len(x), grad_sums.shape[1], math.prod(x.shape[1:])
+    if batch * num_voxels == 0:
         return grad_x
-    batch, capacity, num_voxels = len(x), grad_sums.shape[1], x[0].numel()
-    grad_out_sums, grad_lab_sums = grad_sums.chunk(2)
-    grad_excess = sum_neighbours_backward(pairs, grad_lab_sums, counts)
+    grad_excess = sum_neighbours_backward(pairs, grad_sums, counts)
     block = block_size(num_voxels, GRADIENT_BLOCK)
-    _sum_instances_backward_kernel[(triton.cdiv(num_voxels, block), batch)](
-        grad_terms, *slopes.chunk(2), grad_out_sums, grad_lab_sums, grad_excess, grad_sample_sums, grad_pixel_sums,
-        x, labels, *sites[0].chunk(2), sites[1], touched, counts[ops.KEPT], grad_x, num_voxels, capacity,
-        touched.shape[1],
+    launch(_sum_instances_backward_kernel, (cut(num_voxels, block), batch),
+        grad_mistakes, slopes, grad_sums, grad_excess, grad_sample_sums, grad_pixel_sums, x, labels, *sites,
+        touched, counts, grad_x, num_voxels, capacity, touched.shape[1],
         quantity, no_tp, activation, pixel, pixel_quantity if pixel != ops.NOT_FUSED else 0, mistakes, block,
+        num_warps=GRADIENT_WARPS,
     )  # fmt: skip
     return grad_x

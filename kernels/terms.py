@@ -18,6 +18,8 @@ instance, 100 in the backward.
 """
 
 import functools
+import struct
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -25,8 +27,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import ops
-from .blocks import block_size, table_programs
+from .blocks import block_size, cut, table_programs
 from .criteria import center_criterion, criterion, share, weight
+from .launches import launch
 
 GEOMETRY_COLUMNS: tl.constexpr = tl.constexpr(ops.GEOMETRY_COLUMNS)
 SIZE: tl.constexpr = tl.constexpr(ops.SIZE)
@@ -75,6 +78,11 @@ WHOLE_BY_INTERSECTION: tl.constexpr = tl.constexpr(ops.WHOLE_BY_INTERSECTION)
 WHOLE_BY_PREDICTION: tl.constexpr = tl.constexpr(ops.WHOLE_BY_PREDICTION)
 SAMPLE_SLOPES_COLUMNS: tl.constexpr = tl.constexpr(ops.SAMPLE_SLOPES_COLUMNS)
 
+# Weights come by value, so that they may change from step to step: as bits, since Triton takes no float64 by value.
+WEIGHTS = [f"weight_{term}" for term in range(ops.PROXIMITY + 1)]
+NO_WEIGHTS = (0,) * len(WEIGHTS)
+# Samples of which the parts are added at once.
+SAMPLES_BLOCK = 16
 # One lane a thread: samples rarely have more instances, and the float64 arithmetic wants the registers.
 ROWS_BLOCK = 128
 
@@ -165,7 +173,7 @@ def _terms_kernel(
     values_ptr,  # (2 B, capacity) float64, or None: the criterion follows from the sums
     totals_ptr,  # (2, classes) float64, or None: instances are averaged over the batch
     numbers_ptr,  # (30,) float64
-    terms_ptr,  # (B, 7) float64: what each sample adds to the terms
+    parts_ptr,  # (B, 7) float64: what each sample adds to the terms
     slopes_ptr,  # (2 B, capacity, 5) float64
     sample_slopes_ptr,  # (B, 8) float64
     capacity,
@@ -181,14 +189,14 @@ def _terms_kernel(
     num_labels = tl.load(counts_ptr + LABELS * B + sample)
     health = tl.load(health_ptr)
     out, lab = sample * capacity, (B + sample) * capacity  # first rows
-    terms_ptr += sample * TERMS
+    part_ptr = parts_ptr + sample * TERMS
     sample_slopes_ptr += sample * SAMPLE_SLOPES_COLUMNS
 
     row_ptr = pixel_sums_ptr + sample * SAMPLE_COLUMNS
     pixel, by_intersection, by_prediction = criterion(
         numbers_ptr + PIXEL_RATIO, tl.load(row_ptr), tl.load(row_ptr + 1), tl.load(row_ptr + 2), sample >= 0
     )
-    tl.store(terms_ptr + PIXEL, health * pixel)
+    tl.store(part_ptr + PIXEL, health * pixel)
     tl.store(sample_slopes_ptr + PIXEL_BY_INTERSECTION, health * by_intersection)
     tl.store(sample_slopes_ptr + PIXEL_BY_PREDICTION, health * by_prediction)
 
@@ -205,7 +213,7 @@ def _terms_kernel(
         center, by_inside, by_outside = center_criterion(
             owned_ptr + 2 * out, owned_ptr + 2 * lab, kept, num_labels, numbers_ptr, BLOCK
         )
-    tl.store(terms_ptr + CENTER, health * center / B)
+    tl.store(part_ptr + CENTER, health * center / B)
 
     out_share, lab_share = share(numbers_ptr, num_outputs, B, RATES), share(numbers_ptr, num_labels, B, RATES)
     rows = tl.minimum(num_outputs, capacity)
@@ -217,34 +225,94 @@ def _terms_kernel(
         sums_ptr, geometry_ptr, None, distances_ptr, values_ptr, numbers_ptr, slopes_ptr, lab, num_labels, num_labels,
         whole, -health * lab_share, whole, whole, False, BLOCK,
     )  # fmt: skip
-    tl.store(terms_ptr + FALSE_INSTANCES, health * out_share * (num_outputs - correct))
+    tl.store(part_ptr + FALSE_INSTANCES, health * out_share * (num_outputs - correct))
     tl.store(sample_slopes_ptr + BY_MISTAKE, health * out_share)
-    tl.store(terms_ptr + MISSED_INSTANCES, health * lab_share * (num_labels - detected))
+    tl.store(part_ptr + MISSED_INSTANCES, health * lab_share * (num_labels - detected))
     by_output = health * weight(counts_ptr + KEPT * B, totals_ptr, sample, kept, B, classes, REDUCTION)
     label_totals_ptr = None if totals_ptr is None else totals_ptr + classes
     by_label = health * weight(counts_ptr + LABELS * B, label_totals_ptr, sample, num_labels, B, classes, REDUCTION)
     tl.store(sample_slopes_ptr + BY_OUTPUT, by_output)
     tl.store(sample_slopes_ptr + BY_LABEL, by_label)
-    tl.store(terms_ptr + INSTANCE_OUTPUT, by_output * out_total)
-    tl.store(terms_ptr + INSTANCE_LABEL, by_label * lab_total)
+    tl.store(part_ptr + INSTANCE_OUTPUT, by_output * out_total)
+    tl.store(part_ptr + INSTANCE_LABEL, by_label * lab_total)
 
     difference = lab_weighted - out_weighted
     proximity = difference * difference
     if distances_ptr is not None:
         proximity += tl.where(kept == 0, num_outputs, 0).to(tl.float64)  # too many
-    tl.store(terms_ptr + PROXIMITY, health * proximity / B)
+    tl.store(part_ptr + PROXIMITY, health * proximity / B)
     tl.store(sample_slopes_ptr + BY_DISTANCE, health * 2.0 * difference / B)
 
 
 @triton.jit
+def _of_bits(weight):
+    """The float64 of a weight's bits."""
+    return weight.to(tl.int64).to(tl.float64, bitcast=True)
+
+
+@triton.jit
+def _weighted(terms, weight, TERM: tl.constexpr):
+    """One of eight terms times its weight, 0 in the place of all others."""
+    return tl.where(tl.arange(0, 8) == TERM, terms * _of_bits(weight), 0.0)
+
+
+@triton.jit(do_not_specialize=WEIGHTS)
+def _total_kernel(
+    weight_0: tl.int64,  # of each term in the total, a float64 in its bits
+    weight_1: tl.int64,
+    weight_2: tl.int64,
+    weight_3: tl.int64,
+    weight_4: tl.int64,
+    weight_5: tl.int64,
+    weight_6: tl.int64,
+    parts_ptr,  # (B, 7) float64: what each sample adds to the terms
+    terms_ptr,  # (7,) of any float dtype
+    total_ptr,  # () of that dtype
+    B,
+    BLOCK: tl.constexpr,
+):
+    term, sample = tl.arange(0, 8), tl.arange(0, BLOCK)
+    terms = tl.zeros((8,), tl.float64)
+    for first in range(0, B, BLOCK):
+        part_ptr = parts_ptr + (first + sample)[:, None] * TERMS + term[None, :]
+        here = (first + sample < B)[:, None] & (term < TERMS)[None, :]
+        terms += tl.sum(tl.load(part_ptr, mask=here, other=0.0), axis=0)
+    total = _weighted(terms, weight_0, 0) + _weighted(terms, weight_1, 1) + _weighted(terms, weight_2, 2)
+    total += _weighted(terms, weight_3, 3) + _weighted(terms, weight_4, 4) + _weighted(terms, weight_5, 5)
+    total += _weighted(terms, weight_6, 6)
+    tl.store(terms_ptr + term, terms, mask=term < TERMS)
+    tl.store(total_ptr, tl.sum(total, axis=0))
+
+
+@triton.jit
+def _gradient_of(grad_terms_ptr, grad_total_ptr, weight, TERM: tl.constexpr):
+    """Gradient of a term, from that of the terms and that of their total, either of which may be missing."""
+    gradient = tl.zeros([], tl.float64)
+    if grad_terms_ptr is not None:
+        gradient += tl.load(grad_terms_ptr + TERM).to(tl.float64)
+    if grad_total_ptr is not None:
+        gradient += tl.load(grad_total_ptr).to(tl.float64) * _of_bits(weight)
+    return gradient
+
+
+@triton.jit(do_not_specialize=WEIGHTS)
 def _terms_backward_kernel(
-    grad_terms_ptr,  # (7,) float64
+    weight_0: tl.int64,  # as above
+    weight_1: tl.int64,
+    weight_2: tl.int64,
+    weight_3: tl.int64,
+    weight_4: tl.int64,
+    weight_5: tl.int64,
+    weight_6: tl.int64,
+    grad_terms_ptr,  # (7,) of any float dtype, or None
+    grad_total_ptr,  # () of any float dtype, or None
     slopes_ptr,  # (2 B, capacity, 5) float64
     sample_slopes_ptr,  # (B, 8) float64
     counts_ptr,  # (3, B) int32
     grad_sums_ptr,  # (2 B, capacity, 3) float64
     grad_sample_sums_ptr,  # (B, 3) float64
     grad_pixel_sums_ptr,  # (B, 2) float64
+    grad_mistakes_ptr,  # (2,) float64: of false and of missed instances
     capacity,
     MASSES: tl.constexpr,
     VALUES: tl.constexpr,
@@ -253,18 +321,22 @@ def _terms_backward_kernel(
     sample = tl.program_id(1).to(tl.int64)
     B = tl.num_programs(1)
     sample_slopes_ptr += sample * SAMPLE_SLOPES_COLUMNS
-    by_center = tl.load(grad_terms_ptr + CENTER)
-    by_distance = tl.load(grad_terms_ptr + PROXIMITY) * tl.load(sample_slopes_ptr + BY_DISTANCE)
+    by_center = _gradient_of(grad_terms_ptr, grad_total_ptr, weight_3, CENTER)
+    by_distance = _gradient_of(grad_terms_ptr, grad_total_ptr, weight_6, PROXIMITY) * tl.load(
+        sample_slopes_ptr + BY_DISTANCE
+    )
     by_whole = by_distance * 0.0
     for side in tl.static_range(2):
         if side == 0:
             count, used = tl.load(counts_ptr + OUTPUTS * B + sample), tl.load(counts_ptr + KEPT * B + sample)
-            by_value = tl.load(grad_terms_ptr + INSTANCE_OUTPUT) * tl.load(sample_slopes_ptr + BY_OUTPUT)
+            by_value = _gradient_of(grad_terms_ptr, grad_total_ptr, weight_2, INSTANCE_OUTPUT)
+            by_value *= tl.load(sample_slopes_ptr + BY_OUTPUT)
             by_near = -by_distance
         else:
             count = tl.load(counts_ptr + LABELS * B + sample)
             used = count
-            by_value = tl.load(grad_terms_ptr + INSTANCE_LABEL) * tl.load(sample_slopes_ptr + BY_LABEL)
+            by_value = _gradient_of(grad_terms_ptr, grad_total_ptr, weight_1, INSTANCE_LABEL)
+            by_value *= tl.load(sample_slopes_ptr + BY_LABEL)
             by_near = by_distance
         start = (side * B + sample) * capacity
         if used == 0:  # row 0 is the whole sample
@@ -291,29 +363,36 @@ def _terms_backward_kernel(
         row_ptr = grad_sample_sums_ptr + sample * WHOLE_GRADIENT_COLUMNS
         if not VALUES:
             by_whole = by_distance * 0.0
+        by_false = _gradient_of(grad_terms_ptr, grad_total_ptr, weight_4, FALSE_INSTANCES)
+        by_missed = _gradient_of(grad_terms_ptr, grad_total_ptr, weight_5, MISSED_INSTANCES)
+        tl.store(grad_mistakes_ptr, by_false)  # the same of every sample
+        tl.store(grad_mistakes_ptr + 1, by_missed)
         by_mistake = by_distance * 0.0
         if MASSES:
-            by_mistake = tl.load(grad_terms_ptr + FALSE_INSTANCES) * tl.load(sample_slopes_ptr + BY_MISTAKE)
+            by_mistake = by_false * tl.load(sample_slopes_ptr + BY_MISTAKE)
         tl.store(row_ptr + BY_REST, by_mistake)
         tl.store(row_ptr, by_whole * tl.load(sample_slopes_ptr + WHOLE_BY_INTERSECTION))
         tl.store(row_ptr + 1, by_whole * tl.load(sample_slopes_ptr + WHOLE_BY_PREDICTION))
         row_ptr = grad_pixel_sums_ptr + sample * SAMPLE_GRADIENT_COLUMNS
-        by_pixel = tl.load(grad_terms_ptr + PIXEL)
+        by_pixel = _gradient_of(grad_terms_ptr, grad_total_ptr, weight_0, PIXEL)
         tl.store(row_ptr, by_pixel * tl.load(sample_slopes_ptr + PIXEL_BY_INTERSECTION))
         tl.store(row_ptr + 1, by_pixel * tl.load(sample_slopes_ptr + PIXEL_BY_PREDICTION))
 
 
 @functools.cache
-def _pinned(numbers: tuple[float, ...]) -> Tensor:
-    """The numbers in memory that a device copies by itself. Kept for good: a CUDA graph copies them in each replay."""
-    return torch.tensor(numbers, dtype=torch.float64).pin_memory()
+def bits_of(weights: tuple[float, ...]) -> tuple[int, ...]:
+    """The bits of seven weights as whole numbers."""
+    return struct.unpack("7q", struct.pack("7d", *weights)) if weights else NO_WEIGHTS
 
 
-def _on_device(numbers: list[float], device: torch.device) -> Tensor:
-    """The numbers as a tensor. Not kept: it may lie in a CUDA graph's memory, and belongs to the current stream."""
-    if device.type == "cuda":
-        return _pinned(tuple(numbers)).to(device, non_blocking=True)
-    return torch.tensor(numbers, dtype=torch.float64, device=device)
+@functools.cache
+def _table_of(numbers: tuple[float, ...], pinned: bool) -> Tensor:
+    """The numbers in memory of the host; pinned, where a device can read it, too.
+
+    Kept for good, as what a CUDA graph reads in each replay. So there is nothing to copy in a step.
+    """
+    table = torch.tensor(numbers, dtype=torch.float64)
+    return table.pin_memory() if pinned else table
 
 
 def launch_terms(
@@ -327,35 +406,76 @@ def launch_terms(
     distances: Tensor | None,
     values: Tensor | None,
     totals: Tensor | None,
-    numbers: list[float],
+    numbers: Sequence[float],
     classes: int,
     reduction: int,
     rates: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The terms, and the slopes of instances and of samples."""
+    """The terms, float64, and the slopes of instances and of samples."""
+    results = sums, sample_sums, pixel_sums, health, counts, geometry, owned, distances, values, totals
+    terms, _, *slopes = add_up(results, tuple(numbers), (), torch.float64, classes, reduction, rates)
+    return terms, slopes[0], slopes[1]
+
+
+def add_up(
+    results: tuple[Tensor | None, ...],
+    numbers: tuple[float, ...],
+    weights: tuple[float, ...],
+    dtype: torch.dtype,
+    classes: int,
+    reduction: int,
+    rates: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The terms and their sum with `weights`, and the slopes of instances and of samples.
+
+    `results` are the first ten arguments of `launch_terms`.
+    """
+    sums, sample_sums = results[:2]
+    assert sums is not None
+    assert sample_sums is not None
     (_, capacity, _), batch, device = sums.shape, len(sample_sums), sums.device
-    sizes = (batch, ops.PROXIMITY + 1), (2 * batch, capacity, ops.SLOPES_COLUMNS), (batch, ops.SAMPLE_SLOPES_COLUMNS)
-    terms, slopes, sample_slopes = (torch.empty(size, dtype=torch.float64, device=device) for size in sizes)
-    if batch > 0:
-        _terms_kernel[(batch,)](
-            sums, sample_sums, pixel_sums, health, counts, geometry, owned, distances, values, totals,
-            _on_device(numbers, device), terms, slopes, sample_slopes,
-            capacity, classes, reduction, rates, block_size(capacity, ROWS_BLOCK),
-        )  # fmt: skip
-    return terms.sum(dim=0), slopes, sample_slopes
+    terms, total = torch.empty(len(WEIGHTS), dtype=dtype, device=device), torch.empty((), dtype=dtype, device=device)
+    sizes = (batch, len(WEIGHTS)), (2 * batch, capacity, ops.SLOPES_COLUMNS), (batch, ops.SAMPLE_SLOPES_COLUMNS)
+    parts, slopes, sample_slopes = (torch.empty(size, dtype=torch.float64, device=device) for size in sizes)
+    if batch == 0:
+        return terms.zero_(), total.zero_(), slopes, sample_slopes
+    launch(_terms_kernel, (batch,),
+        *results, _table_of(numbers, device.type == "cuda"), parts, slopes, sample_slopes,
+        capacity, classes, reduction, rates, block_size(capacity, ROWS_BLOCK),
+    )  # fmt: skip
+    launch(_total_kernel, (1,),
+        parts, terms, total, batch, SAMPLES_BLOCK, values=bits_of(weights), num_warps=1,
+    )  # fmt: skip
+    return terms, total, slopes, sample_slopes
 
 
 def launch_terms_backward(
     grad_terms: Tensor, slopes: Tensor, sample_slopes: Tensor, counts: Tensor, masses: bool, values: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the sums of instances and of samples, and of the sums of the pixel term."""
+    _, *grads = spread(grad_terms, None, (), slopes, sample_slopes, counts, masses, values)
+    return grads[0], grads[1], grads[2]
+
+
+def spread(
+    grad_terms: Tensor | None,
+    grad_total: Tensor | None,
+    weights: tuple[float, ...],
+    slopes: Tensor,
+    sample_slopes: Tensor,
+    counts: Tensor,
+    masses: bool,
+    values: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of false and missed instances, of the sums of instances and of samples, and of the pixel term's."""
     (_, capacity, _), batch = slopes.shape, len(sample_slopes)
     columns = ops.WHOLE_GRADIENT_COLUMNS, ops.SAMPLE_GRADIENT_COLUMNS
-    sizes = (2 * batch, capacity, ops.GRADIENT_COLUMNS), *((batch, number) for number in columns)
-    grads = [torch.empty(size, dtype=torch.float64, device=slopes.device) for size in sizes]
+    sizes = (2,), (2 * batch, capacity, ops.GRADIENT_COLUMNS), *((batch, number) for number in columns)
+    mistakes, *grads = (torch.empty(size, dtype=torch.float64, device=slopes.device) for size in sizes)
     if batch > 0:
         block = block_size(capacity, ROWS_BLOCK)
-        _terms_backward_kernel[(table_programs(triton.cdiv(capacity, block)), batch)](
-            grad_terms, slopes, sample_slopes, counts, *grads, capacity, masses, values, block
-        )
-    return grads[0], grads[1], grads[2]
+        launch(_terms_backward_kernel, (table_programs(cut(capacity, block)), batch),
+            grad_terms, grad_total, slopes, sample_slopes, counts, *grads, mistakes, capacity, masses, values, block,
+            values=bits_of(weights),
+        )  # fmt: skip
+    return mistakes, grads[0], grads[1], grads[2]

@@ -179,11 +179,12 @@ def launches(alignment, warp_size=32):
         for place, (parameter, value) in enumerate(zip(self.params, args, strict=True)):
             if isinstance(value, torch.Tensor):
                 signature[parameter.name] = TYPES[value.dtype]
-            elif parameter.is_constexpr or value in (None, 1):  # a launch makes constants of these, too
+            elif parameter.is_constexpr or value is None or (value == 1 and not parameter.do_not_specialize):
+                # (a launch makes constants of these, too)
                 signature[parameter.name], constants[parameter.name] = "constexpr", value
                 continue
             else:
-                signature[parameter.name] = "i32"
+                signature[parameter.name] = parameter.annotation_type or "i32"
             if alignment == "aligned" and is_aligned(value):
                 multiples.append(place)
         types = [kind[1:] for name, kind in signature.items() if name in ("a_ptr", "x_ptr", "labels_ptr")]

@@ -8,7 +8,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from triton_instance_loss import InstanceLoss, WeightedSum, checks, connected_components, ops
+from triton_instance_loss.criteria import DICE, fused_form
 from triton_instance_loss.metrics import instance_metrics
+from triton_instance_loss.ratios import describe
 
 # Operators whose result Python reads, or whose shape depends on data: on CUDA each of them waits for the device.
 SYNCHRONISING = {
@@ -150,16 +152,13 @@ def operator_arguments(device, backend):
     find = (x, labels, None, ops.SIGMOID, 0.66, ops.PROBABILITY, 0, 0, 0, 30, 50.0, *rows)
     sites, pixel_sums, health, counts, geometry = ops.find(*find)
     sum_instances = (x, sites, counts, geometry, ops.SIGMOID, 0, True, 128)
-    sums, sample_sums, pairs, touched = ops.sum_instances(*sum_instances)
     maps = ops.row_maps(x, sites)
-    boxes, proximity = (geometry, counts, [5, 6, 7], [1, 2, 3]), (geometry, counts, [5, 6, 7], False)
-    results = (sums, sample_sums, pixel_sums, health, counts, geometry)
-    results += (ops.center_overlaps(*boxes), ops.proximity_minima(*proximity), None, None)
-    terms = (*results, [1.0] * ops.NUMBERS, 1, ops.BY_MEAN, True)
-    slopes = ops.terms(*terms)
-    backward = (*slopes, counts, True, True)
-    with_sites = (x, labels, sites, pairs, touched, counts, ops.SIGMOID, 0, True, ops.PROBABILITY, 0)
-    with_sites += (ops.OF_LOGARITHM,)
+    criteria, weights = describe(*[fused_form(DICE)] * 3, 1e-7), [1.0] * 7
+    how = (ops.SIGMOID, 0, True)
+    evaluate = (x, sites, counts, geometry, pixel_sums, health, None, None, *how, 128, False, 3.0, True)
+    evaluate += (criteria, weights, 1, ops.BY_MEAN, True)
+    terms, total, kept = ops.evaluate(*evaluate)
+    backward = (terms, total, x, labels, sites, counts, kept, weights, *how, ops.PROBABILITY, 0, True, True)
     return {
         "find": find,
         "row_maps": (x, sites),
@@ -167,12 +166,9 @@ def operator_arguments(device, backend):
         "find_instances": (maps[0], 2, 1, 210),
         "number_instances": (maps[2].long() * 2**40, 0, 36),
         "sum_instances": sum_instances,
-        "sum_instances_backward": (*slopes[:2], *ops.terms_backward(*backward), *with_sites),
-        "terms": terms,
-        "terms_backward": backward,
-        "center_overlaps": boxes,
-        "center_volumes": boxes,
-        "proximity_minima": proximity,
+        "evaluate": evaluate,
+        "evaluate_backward": (*backward, ops.OF_LOGARITHM, False),
+        "center_volumes": (geometry, counts, [5, 6, 7], [1, 2, 3]),
     }
 
 
@@ -187,7 +183,7 @@ def test_opcheck(backend, name):
     arguments = operator_arguments(backend, used)[name]
     torch.library.opcheck(getattr(ops, name), arguments, test_utils=("test_schema", "test_faketensor"))
     # Kernels leave rows that are not used as they are, and a whole opcheck compares all that is returned.
-    with_tables = ops._ROOMS[name] in ("centers", "proximity", "terms") or "find" in name or "number" in name
+    with_tables = ops._ROOMS[name] in ("centers", "evaluate") or "find" in name or "number" in name
     with_tables = with_tables or name == "sum_instances"
     if backend.type == "cpu" and (used == "cpu" or not with_tables):
         torch.library.opcheck(getattr(ops, name), arguments)

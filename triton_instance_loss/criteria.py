@@ -339,6 +339,7 @@ def _fuse_torch(quantity: str) -> Fuse:
 
 
 register_criterion(DiceLoss, _fuse_dice)
+DICE_FORM = _fuse_dice(DICE)
 register_criterion("monai.losses.dice.DiceLoss", _fuse_monai_dice)
 register_criterion("monai.losses.tversky.TverskyLoss", _fuse_monai_tversky)
 register_criterion(torch.nn.MSELoss, _fuse_torch("squared_error"))

@@ -1,7 +1,7 @@
 """One function for each term, for who wants just that one; and how the terms of a call are evaluated."""
 
-from collections.abc import Callable, Collection
-from typing import Any
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,10 +18,18 @@ from .activation import (
     to_activate,
     to_compare,
 )
-from .criteria import DICE, FusedCriterion, fused_form, refuse_activation, refuse_cross_entropy, warn_if_slow
+from .criteria import (
+    DICE,
+    DICE_FORM,
+    FusedCriterion,
+    fused_form,
+    refuse_activation,
+    refuse_cross_entropy,
+    warn_if_slow,
+)
 from .instances import Found, find, instances_of_all
 from .options import Options
-from .terms import TERMS, FusedTerms, Request, place_of_centers
+from .terms import TERMS, apply, request
 
 Criterion = Callable[..., Any]
 
@@ -39,46 +47,103 @@ def evaluate_terms(
     center: Criterion | None = None,
 ) -> dict[str, Tensor]:
     """The terms `names`, each a 0-d tensor; a criterion left out is our Dice. Nothing else is computed."""
-    given = check_and_widen(outputs, labels, cc_label_batch, ignore_mask, options)
+    inputs = outputs, labels, cc_label_batch, ignore_mask
+    slow_terms, fused, terms, _ = _evaluate(inputs, options, names, (pixel, instance, center), ())
+    if terms is not None:
+        of_all = dict(zip(TERMS, terms.unbind(), strict=True))
+        slow_terms.update((name, of_all[name]) for name in fused)
+    return {name: slow_terms[name] for name in TERMS if name in names}
+
+
+def evaluate_sum(
+    outputs: Tensor,
+    labels: Tensor,
+    cc_label_batch: Tensor | None,
+    ignore_mask: Tensor | None,
+    options: Options,
+    weights: Mapping[str, float],
+    *,
+    pixel: Criterion | None = None,
+    instance: Criterion | None = None,
+    center: Criterion | None = None,
+) -> tuple[Tensor | None, dict[str, Tensor]]:
+    """The sum of weight * term over the terms named in `weights`, and these terms, detached; None if there are none.
+
+    The operator adds up what it evaluates itself, so that a step has no more to do.
+    """
+    inputs, criteria = (outputs, labels, cc_label_batch, ignore_mask), (pixel, instance, center)
+    if torch.compiler.is_compiling():  # it makes one kernel of the sum, and need not know the weights
+        of_terms = evaluate_terms(*inputs, options, weights, pixel=pixel, instance=instance, center=center)
+        weighted = [weights[name] * term for name, term in of_terms.items()]
+        return torch.stack(weighted).sum() if weighted else None, {n: t.detach() for n, t in of_terms.items()}
+    of_all = tuple(weights.get(name, 0.0) for name in TERMS)
+    slow_terms, fused, terms, total = _evaluate(inputs, options, weights, criteria, of_all)
+    for name, term in slow_terms.items():
+        total = weights[name] * term if total is None else total + weights[name] * term
+    of_all_terms = {name: term.detach() for name, term in slow_terms.items()}
+    if terms is not None:
+        of_all_terms.update(pair for pair in zip(TERMS, terms.detach().unbind(), strict=True) if pair[0] in fused)
+    return total, {name: of_all_terms[name] for name in TERMS if name in weights}
+
+
+class _Evaluated(NamedTuple):
+    """What comes of one pass."""
+
+    slow: dict[str, Tensor]  # terms of which the criterion was called
+    fused: tuple[str, ...]  # the names of all others
+    terms: Tensor | None  # (7,), of these; None if there are none
+    total: Tensor | None  # their weighted sum, 0-d
+
+
+def _evaluate(
+    inputs: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
+    options: Options,
+    names: Collection[str],
+    criteria: tuple[Criterion | None, Criterion | None, Criterion | None],
+    weights: tuple[float, ...],
+) -> _Evaluated:
+    """Evaluate the terms `names` of a call, and the sum of the fused ones with `weights`, one for each of TERMS."""
+    outputs, pixel = inputs[0], criteria[0]
+    given = check_and_widen(*inputs, options)
     if (suspicion := checks.logits(outputs, options.activation, given.ignored)) is not None:
         checks.warn_once(options, "logits", suspicion)
-    instance, center = instance or DICE, center or DICE
-    pixel_form, instance_form, center_form = map(fused_form, (pixel or DICE, instance, center))
+    _, instance, center = (criterion or DICE for criterion in criteria)
+    pixel_form, instance_form, center_form = (DICE_FORM if each is None else fused_form(each) for each in criteria)
     seen = _what_pixel_sees(pixel, pixel_form, given, names, options)
+    slow_terms: dict[str, Tensor] = {}
     with torch.autocast(given.outputs.device.type, enabled=False):
         x, truth = to_activate(given, options), to_compare(given, options)
         carrier = carrier_of(x, given, options)
         looked_at = given.outputs if options.activation == "softmax" else x
-        values: dict[str, Tensor] = {}
         if "pixel" in names and seen == ops.NOT_FUSED:
-            values["pixel"] = _pixel(x, carrier, truth, given, pixel, options) * health_of(looked_at, truth)
-        if set(names) - {"pixel"}:
-            seen_and_summed = seen, pixel_form.code if pixel_form else quantities.MASS
-            found, pair_capacity, pixel_sums, health = find(x.detach(), truth, given.ids, seen_and_summed, options)
-            _say_what_is_capped(found, options)
-            if center_form is None and "center" in names:
-                volumes = slow.volumes(x, carrier, found, options)
-                place = place_of_centers(x.shape, options)
-                values["center"] = slow.center(volumes, found, place, center, options) * health_of(looked_at, truth)
-            fused = tuple(name for name in TERMS if name in names and name not in values)
-            request = Request(fused, options, seen, pixel_form, instance_form, center_form, pair_capacity)
-            of_instances: Tensor | None = None
-            if request.wants_instances and instance_form is None:
-                volumes = slow.volumes(x, carrier, found, options)
-                of_instances = slow.instance_values(volumes, found, instance, options)
-            elif request.wants_instances and request.quantity == quantities.CROSS_ENTROPY:
-                _look_at_cross_entropy(x, options)
-            if looked_at is not x:  # after a softmax, infinity no longer shows
-                health = health * health_of(looked_at, truth)
-            if fused:
-                sums, totals = (pixel_sums, health), instances_of_all(found.counts, options)
-                together: Tensor = FusedTerms.apply(  # type: ignore[no-untyped-call]
-                    carrier, of_instances, x.detach(), truth, *sums, totals, request, found.counts, found.geometry,
-                    *found.sites,
-                )[0]  # fmt: skip
-                of_all = dict(zip(TERMS, together.to(x.dtype).unbind(), strict=True))
-                values.update((name, of_all[name]) for name in fused)
-        return {name: values[name] for name in TERMS if name in names}
+            slow_terms["pixel"] = _pixel(x, carrier, truth, given, pixel, options) * health_of(looked_at, truth)
+        if not set(names) - {"pixel"}:
+            return _Evaluated(slow_terms, (), None, None)
+        seen_and_summed = seen, pixel_form.code if pixel_form else quantities.MASS
+        found = find(x.detach(), truth, given.ids, seen_and_summed, options)
+        _say_what_is_capped(found, options)
+        if center_form is None and "center" in names:
+            volumes = slow.volumes(x, carrier, found, options)
+            slow_terms["center"] = slow.center(volumes, found, center, options) * health_of(looked_at, truth)
+        fused = tuple(name for name in TERMS if name in names and name not in slow_terms)
+        if not fused:
+            return _Evaluated(slow_terms, (), None, None)
+        wanted = request(fused, options, seen, (pixel_form, instance_form, center_form))
+        values: Tensor | None = None
+        if wanted.wants_instances and instance_form is None:
+            volumes = slow.volumes(x, carrier, found, options)
+            values = slow.instance_values(volumes, found, instance, options)
+        elif wanted.wants_instances and wanted.quantity == quantities.CROSS_ENTROPY:
+            _look_at_cross_entropy(x, options)
+        health = found.health
+        if looked_at is not x:  # after a softmax, infinity no longer shows
+            health = health * health_of(looked_at, truth)
+        terms, total, *_ = apply(
+            carrier, values, None if x is carrier else x.detach(), truth, health,
+            instances_of_all(found.counts, options), wanted, weights, found.counts, found.geometry, found.pixel_sums,
+            *found.sites, found.pairs,
+        )  # fmt: skip
+        return _Evaluated(slow_terms, fused, terms, total if weights else None)
 
 
 def _look_at_cross_entropy(x: Tensor, options: Options) -> None:
@@ -96,9 +161,12 @@ def _look_at_cross_entropy(x: Tensor, options: Options) -> None:
 
 def _say_what_is_capped(found: Found, options: Options) -> None:
     """Warn once where `max_cc_out` leaves out outputs, if looking is free."""
-    if options.max_cc_out == 0 or not checks.debugging(found.counts):
+    most = found.geometry.shape[1] + found.sites[1].shape[1]  # outputs in a sample
+    if options.max_cc_out == 0 or most <= options.max_cc_out or not checks.debugging(found.counts):
         return
-    outputs, kept = found.counts[ops.OUTPUTS], found.counts[ops.KEPT]
+    outputs, kept, _ = found.counts.cpu().numpy()
+    if outputs.max() <= options.max_cc_out:
+        return
     capped = outputs[(kept == options.max_cc_out) & (outputs > kept)]
     if len(capped) > 0:
         message = (

@@ -24,6 +24,9 @@ class Found(NamedTuple):
     sites: tuple[Tensor, Tensor]  # where the foreground is, and which instance that is, as the backend likes it
     counts: Tensor  # (3, B) int32: outputs, kept outputs, labels; outputs 1..kept are used individually
     geometry: Tensor  # (2 B, rows, 10) int64, outputs before labels, columns as ops.py names them
+    pixel_sums: Tensor  # (B, 3) float64: sums of the pixel term
+    health: Tensor  # 0-d float64: 1, or NaN if x or the labels are broken
+    pairs: int  # how many slots the pairs (kept output, label) that touch need
 
 
 def first_rows(counts: Tensor, rows: int) -> Tensor:
@@ -31,13 +34,10 @@ def first_rows(counts: Tensor, rows: int) -> Tensor:
     return torch.arange(rows, device=counts.device) < counts[:, None]
 
 
-def find(
-    x: Tensor, labels: Tensor, cc_label_batch: Tensor | None, pixel: tuple[int, int], options: Options
-) -> tuple[Found, int, Tensor, Tensor]:
+def find(x: Tensor, labels: Tensor, cc_label_batch: Tensor | None, pixel: tuple[int, int], options: Options) -> Found:
     """Label both volumes, number and measure their instances, and decide which outputs are kept.
 
-    `pixel` says what the pixel term sees, and the code of its quantity. Also gives how many slots the pairs (kept
-    output, label) that touch need, the sums of the pixel term, and the health of x.
+    `pixel` says what the pixel term sees, and the code of its quantity.
     """
     bound = capacity_bound(x.shape, options.num_iterations)
     ids = None
@@ -55,10 +55,9 @@ def find(
     sites, pixel_sums, health, counts, geometry = ops.find(
         x, labels, ids, *activation_of(options), *pixel, *search, *keep, rows, bound - rows if rows else 0
     )
-    # A voxel makes at most one pair, and whole components at most one a 2x2x2 block. The table is a hash set: it is
-    # half empty, and a power of two.
     where, which = sites
-    return Found((where, which), counts, geometry), 2 ** (2 * bound - 1).bit_length(), pixel_sums, health
+    # A voxel makes at most one pair, and whole components at most one a 2x2x2 block; a hash set is to stay half empty.
+    return Found((where, which), counts, geometry, pixel_sums, health, 2 * bound)
 
 
 def instances_of_all(counts: Tensor, options: Options) -> Tensor | None:

@@ -6,13 +6,12 @@ import warnings
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, NoReturn
 
-import torch
 from torch import Tensor
 from torch.nn.modules.loss import _Loss
 
 from . import checks, criteria
 from .activation import unwrap, widen
-from .functional import Criterion, evaluate_terms
+from .functional import Criterion, evaluate_sum, evaluate_terms
 from .options import NAMES, Options
 
 
@@ -128,6 +127,27 @@ class _Family(_Loss):
             ignore_mask,
             self.options,
             names,
+            pixel=self.loss_function_pixel,
+            instance=self.loss_function_instance,
+            center=self.loss_function_center,
+        )
+
+    def evaluate_sum(
+        self,
+        outputs: Tensor,
+        labels: Tensor,
+        cc_label_batch: Tensor | None,
+        ignore_mask: Tensor | None,
+        weights: Mapping[str, float],
+    ) -> tuple[Tensor | None, dict[str, Tensor]]:
+        """The weighted sum of the terms named in `weights`, None if there are none, and these terms, detached."""
+        return evaluate_sum(
+            outputs,
+            labels,
+            cc_label_batch,
+            ignore_mask,
+            self.options,
+            weights,
             pixel=self.loss_function_pixel,
             instance=self.loss_function_instance,
             center=self.loss_function_center,
@@ -456,12 +476,8 @@ class WeightedSum(_Loss):
         ignore_mask: Tensor | None = None,
     ) -> Tensor:
         """The weighted sum of a batch."""
-        weights = self.weights.plain
-        used = [name for name, weight in weights.items() if weight != 0.0]
-        values = self.loss.evaluate(outputs, labels, cc_label_batch, ignore_mask, used)
-        self.terms = {name: value.detach() for name, value in values.items()}
-        weighted = [weights[name] * value for name, value in values.items()]
-        total = torch.stack(weighted).sum() if weighted else None
+        used = {name: weight for name, weight in self.weights.plain.items() if weight != 0.0}
+        total, self.terms = self.loss.evaluate_sum(outputs, labels, cc_label_batch, ignore_mask, used)
         if total is not None and (total.requires_grad or not outputs.requires_grad):
             return total
         # The sum of no voxels is connected to all of them, and costs no pass.

@@ -162,11 +162,9 @@ def instance_metrics(
     with torch.no_grad(), torch.autocast(given.outputs.device.type, enabled=False):
         x, truth = _to_activate(given, options), to_compare(given, options)
         pixel = ops.NOT_FUSED, quantities.MASS
-        found, pair_capacity, _, health = find(x, truth, given.ids, pixel, options)
-        if matching == "overlap":
-            matches = _match_by_overlap(x, found, pair_capacity)
-        else:
-            matches = _match_by_iou(x, found, iou_threshold)
+        found = find(x, truth, given.ids, pixel, options)
+        matches = _match_by_overlap(x, found) if matching == "overlap" else _match_by_iou(x, found, iou_threshold)
+        health = found.health
         num_outputs, num_labels = found.counts[ops.OUTPUTS].double(), found.counts[ops.LABELS].double()
         metrics = _from_matches(num_outputs, num_labels, matches)
         shape = (len(given.outputs), len(options.classes))
@@ -189,11 +187,11 @@ def _to_activate(given: Given, options: Options) -> Tensor:
     return to_volume(chosen.to(given.outputs.dtype))
 
 
-def _match_by_overlap(x: Tensor, found: Found, pair_capacity: int) -> _Matches:
+def _match_by_overlap(x: Tensor, found: Found) -> _Matches:
     """Match whatever touches; all of it is in the table of sums."""
     # Of a foreground of ones, and without no_tp, COST of a label is the size of all outputs that touch it.
     sums, *_ = ops.sum_instances(
-        x, list(found.sites), found.counts, found.geometry, ops.GIVEN, quantities.MASS, False, pair_capacity
+        x, list(found.sites), found.counts, found.geometry, ops.GIVEN, quantities.MASS, False, found.pairs
     )
     out, lab = sums.chunk(2)
     sizes = found.geometry[len(x) :, :, ops.SIZE]

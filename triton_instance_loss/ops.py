@@ -10,8 +10,10 @@ CPU tensors go to `cpu/`, CUDA tensors to `kernels/`, which have the same rooms.
 Triton nor Numba.
 """
 
+import functools
 import importlib
 import importlib.util
+import math
 import os
 from typing import Any
 
@@ -101,38 +103,31 @@ _SCHEMAS = {
     # the same from given ids (an integer dtype, any positive number): instances are the sets of equal ids
     "number_instances": "(Tensor ids, int min_size, int capacity) -> (Tensor, Tensor, Tensor)",
     # -> sums (2 B, capacity, 5) and sample sums (B, 3; read only of samples without labels or kept outputs), float64,
-    #    and the pairs (kept output, label) that touch, for which there is room for pair_capacity (a power of two), as
-    #    the same backend's backward wants them; which of the rest of the outputs touch a label, (B, rest) bool
+    #    and the pairs (kept output, label) that touch, for which there is room for `pairs`, as the same backend's
+    #    backward wants them; which of the rest of the outputs touch a label, (B, rest) bool
     "sum_instances": "(Tensor x, Tensor[] sites, Tensor counts, Tensor geometry, int activation, int quantity,"
-    " bool no_tp, int pair_capacity) -> (Tensor, Tensor, Tensor, Tensor)",
-    # gradients of the terms, of which those of false and missed instances are asked for, and slopes of instances;
-    # gradients of both sums, and of those of the pixel term -> gradient of z, of the shape and dtype of x. With an
-    # activation other than NONE, instances have none where neither a nor y is 1
-    "sum_instances_backward": "(Tensor grad_terms, Tensor slopes, Tensor grad_sums, Tensor grad_sample_sums,"
-    " Tensor grad_pixel_sums, Tensor x, Tensor labels, Tensor[] sites, Tensor pairs, Tensor touched, Tensor counts,"
-    " int activation, int quantity, bool no_tp, int pixel, int pixel_quantity, int mistakes) -> Tensor",
-    # results of the other operators; without owned or distances there is no center or proximity, and without values
-    # (2 B, capacity) of the criterion these follow from the sums. Samples belong to classes in turns, and instances are
-    # averaged class by class: over those of the batch, or over totals (2, classes) float64 of kept outputs and labels
-    # -> terms (7,) float64, slopes of instances (2 B, capacity, 5; of a side without any, row 0) and samples (B, 8)
-    "terms": "(Tensor sums, Tensor sample_sums, Tensor pixel_sums, Tensor health, Tensor counts, Tensor geometry,"
-    " Tensor? owned, Tensor? distances, Tensor? values, Tensor? totals, float[] numbers, int classes, int reduction,"
-    " bool rates)"
-    " -> (Tensor, Tensor, Tensor)",
-    # gradients of the terms (7,), contiguous; with masses those that the surrogate adds, but for false and missed
-    # instances in the tables, with values those of the criterion
-    # -> gradients of sums (2 B, capacity, 3), of sample sums and the rest (B, 3), and of the pixel term's sums (B, 2)
-    "terms_backward": "(Tensor grad_terms, Tensor slopes, Tensor sample_slopes, Tensor counts, bool masses,"
-    " bool values) -> (Tensor, Tensor, Tensor)",
-    # centre boxes of kept outputs and labels -> owned (2 B, capacity, 2) int64: voxels of which an instance has the
-    # largest row of all boxes of its side, outside [0] and inside [1] the boxes of the other side
-    "center_overlaps": "(Tensor geometry, Tensor counts, int[3] shape, int[3] offsets) -> Tensor",
-    # the same as volumes: owner (B, D, H, W) int32 = largest output row whose box covers the voxel, 0 = none;
-    # covered (B, D, H, W) bool = inside a label box
+    " bool no_tp, int pairs) -> (Tensor, Tensor, Tensor, Tensor)",
+    # the terms of what `find` found. pairs is room for the pairs (kept output, label) that touch; offset that of boxes
+    # along the longest axis, or None: no center; planar: the first axis is none; without values (2 B, capacity)
+    # of the criterion these follow from the sums; totals (2, classes) float64 are kept outputs and labels of a class,
+    # if not those of this batch. Samples belong to classes in turns. criteria: what ratios.py describes
+    # -> terms (7,), and their sum with weights, 0-d, or with no weights nothing of use, of the dtype of x; and what the
+    #    same backend's backward wants: slopes of instances (2 B, capacity, 5; of a side without any, row 0), those of
+    #    samples (B, 8), float64, pairs, and which of the rest of the outputs touch a label
+    "evaluate": "(Tensor x, Tensor[] sites, Tensor counts, Tensor geometry, Tensor pixel_sums, Tensor health,"
+    " Tensor? values, Tensor? totals, int activation, int quantity, bool no_tp, int pairs, bool planar, float? offset,"
+    " bool proximity, float[] criteria, float[] weights, int classes, int reduction, bool rates)"
+    " -> (Tensor, Tensor, Tensor[])",
+    # gradients of the terms (7,), and of their sum, either of which may be missing; with masses the surrogate's, with
+    # flows those of sums over instances; what gradient mistakes have; whether values of the criterion were given
+    # -> gradient of z, of the shape and dtype of x, and of the values (2 B, capacity), or of nothing. With an
+    #    activation other than NONE, instances have none where neither a nor y is 1
+    "evaluate_backward": "(Tensor? grad_terms, Tensor? grad_sum, Tensor x, Tensor labels, Tensor[] sites,"
+    " Tensor counts, Tensor[] kept, float[] weights, int activation, int quantity, bool no_tp, int pixel,"
+    " int pixel_quantity, bool masses, bool flows, int mistakes, bool values) -> (Tensor, Tensor)",
+    # centre boxes of kept outputs and labels -> owner (B, D, H, W) int32 = largest output row whose box covers the
+    # voxel, 0 = none; covered (B, D, H, W) bool = inside a label box
     "center_volumes": "(Tensor geometry, Tensor counts, int[3] shape, int[3] offsets) -> (Tensor, Tensor)",
-    # extended boxes of kept outputs and labels -> the smallest DIoU of each to one of the other side, (2 B, capacity)
-    # float64; a side without any is one box in the middle, in row 0
-    "proximity_minima": "(Tensor geometry, Tensor counts, int[3] shape, bool planar) -> Tensor",
 }
 
 
@@ -178,25 +173,28 @@ _ROOMS = {
     "find_instances": "components",
     "number_instances": "components",
     "sum_instances": "tables",
-    "sum_instances_backward": "tables",
-    "terms": "terms",
-    "terms_backward": "terms",
-    "center_overlaps": "centers",
+    "evaluate": "evaluate",
+    "evaluate_backward": "evaluate",
     "center_volumes": "centers",
-    "proximity_minima": "proximity",
 }
+
+
+@functools.cache
+def _implementation(chosen: str, name: str) -> Any:
+    """What answers for an operator in a backend; rooms are imported when they are first needed."""
+    if chosen == "cpu":
+        return getattr(importlib.import_module(f".cpu.{_ROOMS[name]}", __package__), name)
+    return getattr(importlib.import_module(f".kernels.{_ROOMS[name]}", __package__), f"launch_{name}")
 
 
 def _dispatch(name: str) -> Any:
     def run(*args: Any) -> Any:
-        first: Tensor = args[0]
-        if backend(first) == "cpu":
-            return getattr(importlib.import_module(f".cpu.{_ROOMS[name]}", __package__), name)(*args)
-        launch = getattr(importlib.import_module(f".kernels.{_ROOMS[name]}", __package__), f"launch_{name}")
-        if first.device.type == "cpu":
-            return launch(*args)
+        first: Tensor = args[0] if isinstance(args[0], Tensor) else args[2]
+        answer = _implementation(backend(first), name)
+        if first.device.type == "cpu" or first.device.index == torch.cuda.current_device():
+            return answer(*args)
         with torch.cuda.device(first.device):
-            return launch(*args)
+            return answer(*args)
 
     return run
 
@@ -263,72 +261,65 @@ def _fake_sum_instances(
     activation: int,
     quantity: int,
     no_tp: bool,
-    pair_capacity: int,
+    pairs: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, on_cpu = x.shape[0], backend(x) == "cpu"
     return (
         x.new_empty((*geometry.shape[:2], SUMS_COLUMNS), dtype=torch.float64),
         x.new_empty((batch, SAMPLE_COLUMNS), dtype=torch.float64),
-        x.new_empty((batch, 0 if on_cpu else pair_capacity), dtype=torch.int64),
+        x.new_empty((batch, 0 if on_cpu else pairs), dtype=torch.int64),
         x.new_empty((batch, 0 if on_cpu else sites[1].shape[1]), dtype=torch.bool),
     )
 
 
-def _fake_sum_instances_backward(
-    grad_terms: Tensor,
-    slopes: Tensor,
-    grad_sums: Tensor,
-    grad_sample_sums: Tensor,
-    grad_pixel_sums: Tensor,
+def _fake_evaluate(
+    x: Tensor,
+    sites: list[Tensor],
+    counts: Tensor,
+    geometry: Tensor,
+    pixel_sums: Tensor,
+    health: Tensor,
+    values: Tensor | None,
+    totals: Tensor | None,
+    activation: int,
+    quantity: int,
+    no_tp: bool,
+    pairs: int,
+    planar: bool,
+    offset: float | None,
+    proximity: bool,
+    criteria: list[float],
+    weights: list[float],
+    classes: int,
+    reduction: int,
+    rates: bool,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    slopes = pixel_sums.new_empty((*geometry.shape[:2], SLOPES_COLUMNS))
+    of_samples = pixel_sums.new_empty((x.shape[0], SAMPLE_SLOPES_COLUMNS))
+    *_, where, touched = _fake_sum_instances(x, sites, counts, geometry, activation, quantity, no_tp, pairs)
+    return x.new_empty((PROXIMITY + 1,)), x.new_empty(()), [slopes, of_samples, where, touched]
+
+
+def _fake_evaluate_backward(
+    grad_terms: Tensor | None,
+    grad_sum: Tensor | None,
     x: Tensor,
     labels: Tensor,
     sites: list[Tensor],
-    pairs: Tensor,
-    touched: Tensor,
     counts: Tensor,
+    kept: list[Tensor],
+    weights: list[float],
     activation: int,
     quantity: int,
     no_tp: bool,
     pixel: int,
     pixel_quantity: int,
+    masses: bool,
+    flows: bool,
     mistakes: int,
-) -> Tensor:
-    return x.new_empty(x.shape)
-
-
-def _fake_terms(
-    sums: Tensor,
-    sample_sums: Tensor,
-    pixel_sums: Tensor,
-    health: Tensor,
-    counts: Tensor,
-    geometry: Tensor,
-    owned: Tensor | None,
-    distances: Tensor | None,
-    values: Tensor | None,
-    totals: Tensor | None,
-    numbers: list[float],
-    classes: int,
-    reduction: int,
-    rates: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    slopes = sums.new_empty((*sums.shape[:2], SLOPES_COLUMNS))
-    return sums.new_empty((PROXIMITY + 1,)), slopes, sums.new_empty((sample_sums.shape[0], SAMPLE_SLOPES_COLUMNS))
-
-
-def _fake_terms_backward(
-    grad_terms: Tensor, slopes: Tensor, sample_slopes: Tensor, counts: Tensor, masses: bool, values: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    batch = sample_slopes.shape[0]
-    return (
-        slopes.new_empty((*slopes.shape[:2], GRADIENT_COLUMNS)),
-        slopes.new_empty((batch, WHOLE_GRADIENT_COLUMNS)),
-        slopes.new_empty((batch, SAMPLE_GRADIENT_COLUMNS)),
-    )
-
-
-def _fake_center_overlaps(geometry: Tensor, counts: Tensor, shape: list[int], offsets: list[int]) -> Tensor:
-    return geometry.new_empty((*geometry.shape[:2], 2))
+    values: bool,
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), kept[0].new_empty(kept[0].shape[:2] if values else (0,))
 
 
 def _fake_center_volumes(
@@ -338,8 +329,23 @@ def _fake_center_volumes(
     return geometry.new_empty(volume, dtype=torch.int32), geometry.new_empty(volume, dtype=torch.bool)
 
 
-def _fake_proximity_minima(geometry: Tensor, counts: Tensor, shape: list[int], planar: bool) -> Tensor:
-    return geometry.new_empty(geometry.shape[:2], dtype=torch.float64)
+def reach_of_boxes(shape: list[int], planar: bool, offset: float) -> list[int]:
+    """How far a centre box reaches along each axis of a volume, if it is `offset` along the longest."""
+    # An image is a volume of one plane, which any reach of at least one covers.
+    spatial = shape[1:] if planar else shape
+    reach = [math.ceil(length / max(spatial) * offset) for length in spatial]
+    return [1, *reach] if planar else reach
+
+
+def gradient_of_values(grad_terms: Tensor, slopes: Tensor, sample_slopes: Tensor, counts: Tensor) -> Tensor:
+    """Gradient of the criterion of each instance, where it was given, from that of the terms (7,)."""
+    by_output = grad_terms[INSTANCE_OUTPUT] * sample_slopes[:, BY_OUTPUT]
+    by_label = grad_terms[INSTANCE_LABEL] * sample_slopes[:, BY_LABEL]
+    by_distance = grad_terms[PROXIMITY] * sample_slopes[:, BY_DISTANCE]
+    by_value, by_distance = torch.cat((by_output, by_label)), torch.cat((-by_distance, by_distance))
+    gradient = by_value[:, None] + by_distance[:, None] * slopes[..., DISTANCE]
+    used = torch.arange(slopes.shape[1], device=slopes.device) < counts[KEPT:].flatten().clamp(min=1)[:, None]
+    return torch.where(used, gradient, 0.0)
 
 
 for _name, _schema in _SCHEMAS.items():
@@ -354,9 +360,6 @@ components = torch.ops.triton_instance_loss.components.default
 find_instances = torch.ops.triton_instance_loss.find_instances.default
 number_instances = torch.ops.triton_instance_loss.number_instances.default
 sum_instances = torch.ops.triton_instance_loss.sum_instances.default
-sum_instances_backward = torch.ops.triton_instance_loss.sum_instances_backward.default
-terms = torch.ops.triton_instance_loss.terms.default
-terms_backward = torch.ops.triton_instance_loss.terms_backward.default
-center_overlaps = torch.ops.triton_instance_loss.center_overlaps.default
+evaluate = torch.ops.triton_instance_loss.evaluate.default
+evaluate_backward = torch.ops.triton_instance_loss.evaluate_backward.default
 center_volumes = torch.ops.triton_instance_loss.center_volumes.default
-proximity_minima = torch.ops.triton_instance_loss.proximity_minima.default

@@ -64,11 +64,10 @@ def instance_values(volumes: Volumes, found: Found, criterion: Criterion, option
     return torch.stack([torch.nn.functional.pad(each, (0, rows - len(each))) for each in outputs + labels])
 
 
-def center(
-    volumes: Volumes, found: Found, place: tuple[list[int], list[int]], criterion: Criterion, options: Options
-) -> Tensor:
+def center(volumes: Volumes, found: Found, criterion: Criterion, options: Options) -> Tensor:
     """The criterion on the two volumes of centre boxes of each sample."""
-    a, (shape, offsets) = volumes.a, place
+    a, shape = volumes.a, list(volumes.a.shape[1:])
+    offsets = ops.reach_of_boxes(shape, options.spatial_dims == 2, options.centroid_offset)
     owner, covered = ops.center_volumes(found.geometry, found.counts, shape, offsets)
     peak = 1.0 + options.smoother
     values = []

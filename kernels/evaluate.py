@@ -1,0 +1,86 @@
+"""The terms of what was found, and their gradient: `evaluate` and its backward of ops.py.
+
+They are made of launches of other rooms, one after the other.
+"""
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..ratios import numbers
+from .centers import launch_center_overlaps
+from .proximity import launch_proximity_minima
+from .tables import launch_sum_instances, launch_sum_instances_backward
+from .terms import add_up, spread
+
+
+def launch_evaluate(
+    x: Tensor,
+    sites: list[Tensor],
+    counts: Tensor,
+    geometry: Tensor,
+    pixel_sums: Tensor,
+    health: Tensor,
+    values: Tensor | None,
+    totals: Tensor | None,
+    activation: int,
+    quantity: int,
+    no_tp: bool,
+    pairs: int,
+    planar: bool,
+    offset: float | None,
+    proximity: bool,
+    criteria: list[float],
+    weights: list[float],
+    classes: int,
+    reduction: int,
+    rates: bool,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Terms, their sum with weights, and what the backward wants."""
+    batch, *shape = x.shape
+    sums, sample_sums, *touching = launch_sum_instances(x, sites, counts, geometry, activation, quantity, no_tp, pairs)
+    owned = distances = None
+    if offset is not None:
+        owned = launch_center_overlaps(geometry, counts, shape, ops.reach_of_boxes(shape, planar, offset))
+    if proximity:
+        distances = launch_proximity_minima(geometry, counts, shape, planar)
+    of_criteria = numbers(tuple(criteria), shape[0] * shape[1] * shape[2], batch, classes)
+    results = sums, sample_sums, pixel_sums, health, counts, geometry, owned, distances, values, totals
+    terms, total, *slopes = add_up(results, of_criteria, tuple(weights), x.dtype, classes, reduction, rates)
+    return terms, total, [*slopes, *touching]
+
+
+def launch_evaluate_backward(
+    grad_terms: Tensor | None,
+    grad_sum: Tensor | None,
+    x: Tensor,
+    labels: Tensor,
+    sites: list[Tensor],
+    counts: Tensor,
+    kept: list[Tensor],
+    weights: list[float],
+    activation: int,
+    quantity: int,
+    no_tp: bool,
+    pixel: int,
+    pixel_quantity: int,
+    masses: bool,
+    flows: bool,
+    mistakes: int,
+    values: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of z and of the values of the criterion."""
+    slopes, of_samples, pairs, touched = kept
+    of_mistakes, *grads = spread(grad_terms, grad_sum, tuple(weights), slopes, of_samples, counts, masses, flows)
+    where = x, labels, sites, pairs, touched, counts
+    grad_x = launch_sum_instances_backward(
+        of_mistakes, slopes, *grads, *where, activation, quantity, no_tp, pixel, pixel_quantity, mistakes
+    )
+    if not values:
+        return grad_x, slopes.new_empty(0)
+    grad = slopes.new_zeros(ops.PROXIMITY + 1)
+    if grad_terms is not None:
+        grad += grad_terms
+    if grad_sum is not None:
+        grad += grad_sum * torch.tensor(weights, dtype=grad.dtype, device=grad.device)
+    return grad_x, ops.gradient_of_values(grad, slopes, of_samples, counts)

@@ -1,0 +1,79 @@
+"""The terms of what was found, and their gradient, on the CPU: `evaluate` and its backward of ops.py."""
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..ratios import numbers
+from .centers import center_overlaps
+from .proximity import proximity_minima
+from .tables import sum_instances, sum_instances_backward
+from .terms import terms, terms_backward
+
+
+def evaluate(
+    x: Tensor,
+    sites: list[Tensor],
+    counts: Tensor,
+    geometry: Tensor,
+    pixel_sums: Tensor,
+    health: Tensor,
+    values: Tensor | None,
+    totals: Tensor | None,
+    activation: int,
+    quantity: int,
+    no_tp: bool,
+    pairs: int,
+    planar: bool,
+    offset: float | None,
+    proximity: bool,
+    criteria: list[float],
+    weights: list[float],
+    classes: int,
+    reduction: int,
+    rates: bool,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Operator `evaluate` (ops.py)."""
+    batch, *shape = x.shape
+    sums, sample_sums, *touching = sum_instances(x, sites, counts, geometry, activation, quantity, no_tp, pairs)
+    owned = (
+        None if offset is None else center_overlaps(geometry, counts, shape, ops.reach_of_boxes(shape, planar, offset))
+    )
+    distances = proximity_minima(geometry, counts, shape, planar) if proximity else None
+    of_criteria = list(numbers(tuple(criteria), x[0].numel(), batch, classes))
+    results = sums, sample_sums, pixel_sums, health, counts, geometry, owned, distances, values, totals, of_criteria
+    all_terms, slopes, of_samples = terms(*results, classes, reduction, rates)
+    total = torch.dot(all_terms, all_terms.new_tensor(weights or [0.0] * len(all_terms)))
+    return all_terms.to(x.dtype), total.to(x.dtype), [slopes, of_samples, *touching]
+
+
+def evaluate_backward(
+    grad_terms: Tensor | None,
+    grad_sum: Tensor | None,
+    x: Tensor,
+    labels: Tensor,
+    sites: list[Tensor],
+    counts: Tensor,
+    kept: list[Tensor],
+    weights: list[float],
+    activation: int,
+    quantity: int,
+    no_tp: bool,
+    pixel: int,
+    pixel_quantity: int,
+    masses: bool,
+    flows: bool,
+    mistakes: int,
+    values: bool,
+) -> tuple[Tensor, Tensor]:
+    """Operator `evaluate_backward` (ops.py)."""
+    slopes, of_samples, pairs, touched = kept
+    grad = slopes.new_zeros(ops.PROXIMITY + 1)
+    if grad_terms is not None:
+        grad += grad_terms
+    if grad_sum is not None:
+        grad += grad_sum * grad.new_tensor(weights)
+    grads = grad, slopes, *terms_backward(grad, slopes, of_samples, counts, masses, flows)
+    where = x, labels, sites, pairs, touched, counts
+    grad_x = sum_instances_backward(*grads, *where, activation, quantity, no_tp, pixel, pixel_quantity, mistakes)
+    return grad_x, ops.gradient_of_values(grad, slopes, of_samples, counts) if values else slopes.new_empty(0)
