@@ -16,8 +16,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # The interpreter pays for each operation of each program and hardly for lanes, so there programs are few and wide.
 INTERPRETED_LANES = 32768
 INTERPRETED_PROGRAMS = 2
-# Programs a sample for tables: a few for each multiprocessor of today's devices (at most about 150).
-TABLE_PROGRAMS = 512
+# Programs a sample for tables: one for each multiprocessor of most devices; those without a row still cost their start.
+TABLE_PROGRAMS = 128
 
 
 def block_size(lanes: int, on_gpu: int) -> int:

@@ -36,8 +36,8 @@ SIZE: tl.constexpr = tl.constexpr(ops.SIZE)
 COORDINATE_SUMS: tl.constexpr = tl.constexpr(ops.COORDINATE_SUMS.start)
 # A box of the usual offsets, up to 3, has at most 7^3 = 343 voxels: one block.
 BOX_BLOCK = 512
-# One row for each thread of four warps, Triton's default.
-OTHERS_BLOCK = 128
+# One row, and some voxels of a box, for each thread of two warps: a side rarely has more rows.
+OTHERS_BLOCK, BOX_WARPS = 64, 2
 
 
 @triton.jit
@@ -206,6 +206,7 @@ def launch_center_overlaps(geometry: Tensor, counts: Tensor, shape: list[int], o
             *shape,
             *offsets,
             *blocks,
+            num_warps=BOX_WARPS,
         )
     return owned
 
