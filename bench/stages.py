@@ -14,6 +14,7 @@ And of the step as a whole the most memory that it holds at once, beyond its inp
 
 import argparse
 import contextlib
+import importlib.util
 import itertools
 import os
 import sys
@@ -35,6 +36,7 @@ from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from triton_instance_loss import InstanceLoss, checks, functional, ops
+from triton_instance_loss.cpu import evaluate as cpu_evaluate
 
 from . import measure, run
 from .cases import Inputs, lesions
@@ -75,7 +77,11 @@ def _watched(begin: Begin) -> Iterator[None]:
         return call
 
     with contextlib.ExitStack() as stack:
-        for owner, attribute, name in ((functional, "find", "find"), (ops, "sum_instances", "sums")):
+        # (sums are a stage inside of the operator that evaluates the terms, in either backend)
+        sums = [(cpu_evaluate, "sum_instances")]
+        if importlib.util.find_spec("triton") is not None:
+            sums.append((importlib.import_module("triton_instance_loss.kernels.evaluate"), "launch_sum_instances"))
+        for owner, attribute, name in ((functional, "find", "find"), *((*each, "sums") for each in sums)):
             stack.enter_context(mock.patch.object(owner, attribute, announce(name, getattr(owner, attribute))))
         yield
 
