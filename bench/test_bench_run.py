@@ -1,6 +1,8 @@
 """What the benchmark itself promises: seeds, gates, rows, stages and pictures."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -219,6 +221,18 @@ def test_stages_are_counted():
     assert rows["backward"]["kernels"]["_sum_instances_backward_kernel"] == 1
     assert all(row["launches"] > 0 and row["bytes_per_voxel"] > 0 for row in rows.values())
     assert sum(row["share"] for row in rows.values()) == pytest.approx(1, abs=1e-3)
+
+
+def test_host_time_is_measured_without_a_gpu(tmp_path):
+    pytest.importorskip("triton", minversion="3.4")
+    out = tmp_path / "rows.jsonl"
+    command = [sys.executable, "-m", "bench.host", "--rounds", "2", "--out", str(out)]
+    subprocess.run(command, check=True, cwd=Path(__file__).parents[1])  # a process that does not interpret kernels
+    rows = {row["provider"]: row for row in map(json.loads, out.read_text().splitlines())}
+    assert rows["MONAI DiceLoss"]["launches"] == 0
+    assert rows["MONAI DiceLoss"]["ratio"] == 1
+    assert 0 < rows["connected_components"]["launches"] < rows["WeightedSum"]["launches"]
+    assert rows["WeightedSum"]["launches"] == rows["InstanceLoss, defaults"]["launches"]
 
 
 def test_pictures(tmp_path):

@@ -1,0 +1,172 @@
+"""What a training step costs the host of a GPU, counted without one: `python -m bench.host`; --help says the rest.
+
+Triton compiles and prepares every launch as it does for an H100, for a driver whose launches do nothing. So the time of
+a step is that of Python, dispatch, autograd, allocation and preparing launches: on a GPU the time of an eager step
+wherever launches are the limit and not bytes. MONAI's Dice is timed beside it, in turns in one process. Tensors lie on
+the CPU and are small, so operations of torch cost what tiny ones cost there, about as much as calling them on CUDA;
+looking at labels and outputs, which is done on the CPU alone, counts too. Not counted: the driver's own call, 2 to 4 us
+a launch. It needs Triton 3.4 or later.
+"""
+
+import argparse
+import importlib
+import os
+import pkgutil
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.pop("TRITON_INTERPRET", None)
+
+import numpy as np
+import torch
+from monai.losses import DiceLoss
+
+import triton_instance_loss
+from triton_instance_loss import InstanceLoss, WeightedSum, connected_components, ops
+from triton_instance_loss.metrics import instance_metrics
+
+from . import measure, run
+from .entry import SEED
+from .measure import Row
+
+SIDE = 8
+ROUNDS = 200
+CAPABILITY = 90  # sm_90, an H100's
+
+launched: list[str] = []
+
+
+class _Launcher:
+    """Takes the place of the driver's launcher."""
+
+    def __init__(self, source: Any, metadata: Any) -> None:
+        self.name = source.fn.__name__
+
+    def __call__(self, *_: Any) -> None:
+        launched.append(self.name)
+
+
+class _Utils:
+    """What Triton asks about a device."""
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        """An H100's."""
+        return {"max_shared_mem": 232448, "multiprocessor_count": 132, "warpSize": 32}
+
+    def load_binary(self, *_: Any) -> tuple[int, ...]:
+        """There is nothing to load."""
+        return 1, 1, 32, 0, 1024
+
+    def unload_module(self, module: Any) -> None:
+        """There is nothing to unload."""
+
+
+class _Driver:
+    """A driver of a GPU that is not there."""
+
+    utils, launcher_cls = _Utils(), _Launcher
+    get_current_device = staticmethod(lambda: 0)
+    get_current_stream = staticmethod(lambda device: 0)
+    get_active_torch_device = staticmethod(lambda: torch.device("cpu"))
+    get_device_interface = staticmethod(lambda: torch.cuda)
+    map_python_to_cpp_type = staticmethod(lambda kind: kind)
+
+    @staticmethod
+    def get_current_target() -> Any:
+        """What to compile for."""
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", CAPABILITY, 32)
+
+
+def pretend() -> None:
+    """From here on, kernels go to a GPU that is not there; what they would write stays as it was."""
+    from triton.runtime import driver
+
+    driver.set_active(_Driver())
+    kernels = importlib.import_module("triton_instance_loss.kernels")
+    for room in pkgutil.iter_modules(kernels.__path__):
+        importlib.import_module(f"{kernels.__name__}.{room.name}")
+    os.environ[ops.BACKEND_VARIABLE] = "triton"
+    # The kernels are defined, and compiled; this lets tensors on the CPU through to them.
+    os.environ["TRITON_INTERPRET"] = "1"
+    # What nobody has written cannot be looked at.
+    triton_instance_loss.checks.room_for_labels = lambda most, room: None
+
+
+def providers(side: int) -> dict[str, Callable[[], Any]]:
+    """What is timed, the yardstick first."""
+    generator = torch.Generator().manual_seed(SEED)
+    x = torch.randn((2, 1, side, side, side), generator=generator).requires_grad_()
+    y = (torch.rand(x.shape, generator=generator) > 0.9).float()
+
+    def step(loss: Callable[..., Any]) -> Callable[[], None]:
+        def once() -> None:
+            x.grad = None
+            terms = loss(x, y)
+            (terms if isinstance(terms, torch.Tensor) else sum(terms[1:], terms[0])).backward()
+
+        return once
+
+    dice = DiceLoss()
+    weighted = WeightedSum(InstanceLoss(rate_instead_number=True), proximity=0.1)
+    return {
+        "MONAI DiceLoss": step(dice),
+        "InstanceLoss, defaults": step(InstanceLoss()),
+        "InstanceLoss, MONAI criteria": step(InstanceLoss(dice, dice, dice)),
+        "WeightedSum": step(weighted),
+        "instance_metrics": lambda: instance_metrics(x.detach(), y),
+        "connected_components": lambda: connected_components(y),
+    }
+
+
+def table(side: int = SIDE, rounds: int = ROUNDS) -> list[Row]:
+    """One row a provider; call `pretend` first, in a process that has not imported our kernels before."""
+    calls = providers(side)
+    launches, times = {}, {name: [] for name in calls}  # type: ignore[var-annotated]
+    for name, call in calls.items():
+        for _ in range(measure.WARM_UP + 1):  # compiles
+            launched.clear()
+            call()
+        launches[name] = len(launched)
+    for _ in range(rounds):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            times[name].append((time.perf_counter() - start) * 1e6)
+    yardstick = next(iter(times.values()))
+    rows = []
+    for name, spent in times.items():
+        low, middle, high = np.percentile(np.divide(spent, yardstick), (20, 50, 80))
+        ratio = statistics.median(spent) / statistics.median(yardstick)
+        row = {"entry": "host", "case": f"2 x {side}^3", "provider": name, "launches": launches[name]}
+        row |= {"median_us": round(statistics.median(spent), 1), "ratio": round(ratio, 3)}
+        rows.append(row | {"ratio_p20": round(low, 3), "ratio_p50": round(middle, 3), "ratio_p80": round(high, 3)})
+    return rows
+
+
+def main(given: list[str] | None = None) -> None:
+    """Print, store."""
+    parser = argparse.ArgumentParser(prog="python -m bench.host", description=__doc__.split("\n")[0])
+    parser.add_argument("--side", type=int, default=SIDE, help="of the volumes, in voxels")
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--out", type=Path, metavar="FILE", help="rows are appended to it")
+    options = parser.parse_args(given)
+    measure.use_threads(1)
+    surroundings = measure.surroundings(torch.device("cpu"))
+    pretend()
+    rows = table(options.side, options.rounds)
+    for row in rows:
+        print(
+            f"{row['provider']:30} {row['median_us']:7.0f} us  x {row['ratio']:.2f} "
+            f"[{row['ratio_p20']:.2f} .. {row['ratio_p80']:.2f}]  {row['launches']:3} launches"
+        )
+    if options.out is not None:
+        run.store([{**row, **surroundings} for row in rows], options.out)
+
+
+if __name__ == "__main__":
+    main()
