@@ -73,7 +73,9 @@ def evaluate_backward(
         grad += grad_terms
     if grad_sum is not None:
         grad += grad_sum * grad.new_tensor(weights)
-    grads = grad, slopes, *terms_backward(grad, slopes, of_samples, counts, masses, flows)
-    where = x, labels, sites, pairs, touched, counts
-    grad_x = sum_instances_backward(*grads, *where, activation, quantity, no_tp, pixel, pixel_quantity, mistakes)
+    grads = terms_backward(grad, slopes, of_samples, counts, masses, flows)
+    grad_x = sum_instances_backward(
+        grad, slopes, *grads, x, labels, sites, pairs, touched, counts, activation, quantity, no_tp, pixel,
+        pixel_quantity, mistakes,
+    )  # fmt: skip
     return grad_x, ops.gradient_of_values(grad, slopes, of_samples, counts) if values else slopes.new_empty(0)
