@@ -7,8 +7,18 @@ if not (Path(__file__).parent / "kernels").is_dir():
     __path__.append(str(Path(__file__).parent.parent))
 
 from . import metrics as metrics
+from .component_losses import BlobLoss, CCLoss, ComponentTverskyLoss, FalseComponentLoss
 from .components import connected_components
 from .losses import InstanceCenterLoss, InstanceLoss, WeightedSum
 
-__all__ = ["InstanceCenterLoss", "InstanceLoss", "WeightedSum", "connected_components"]
+__all__ = [
+    "BlobLoss",
+    "CCLoss",
+    "ComponentTverskyLoss",
+    "FalseComponentLoss",
+    "InstanceCenterLoss",
+    "InstanceLoss",
+    "WeightedSum",
+    "connected_components",
+]
 __version__ = "0.1.0"

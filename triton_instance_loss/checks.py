@@ -84,6 +84,17 @@ def number(
     return value
 
 
+def spacing(name: str, value: Any, axes: int) -> tuple[float, ...]:
+    """`value` must be a positive number for each of some axes; gives them as plain numbers."""
+    value = plain(value)
+    allowed = f"a positive number for each of {axes} axes (spatial_dims={axes})"
+    if not isinstance(value, tuple):
+        raise TypeError(f"{name} must be {allowed}, or None, got {value!r}.")
+    if len(value) != axes:
+        raise ValueError(f"{name} must be {allowed}, got {len(value)}: {value!r}.")
+    return tuple(float(number(f"{name}[{axis}]", step, 0, above_minimum=True)) for axis, step in enumerate(value))
+
+
 def channels(name: str, value: Any, count: int) -> None:
     """`value` must be a channel, or a tuple of different ones, of `count`; of a single one, any number will do."""
     several = isinstance(value, tuple)

@@ -113,7 +113,7 @@ def _request(
     )
 
 
-class _OnceDifferentiable(torch.autograd.Function):
+class OnceDifferentiable(torch.autograd.Function):
     """A gradient that raises when it is differentiated; torch's `once_differentiable` looks at what flows in alone."""
 
     @staticmethod
@@ -220,9 +220,9 @@ class FusedTerms(torch.autograd.Function):
             )
             of_values = None if ctx.values_type is None else grad_values.to(ctx.values_type)
         if torch.is_grad_enabled():  # a graph of the backward was asked for
-            grad_x = _OnceDifferentiable.apply(grad_x, carrier)  # type: ignore[no-untyped-call]
+            grad_x = OnceDifferentiable.apply(grad_x, carrier)  # type: ignore[no-untyped-call]
             if of_values is not None:
-                of_values = _OnceDifferentiable.apply(of_values, carrier)  # type: ignore[no-untyped-call]
+                of_values = OnceDifferentiable.apply(of_values, carrier)  # type: ignore[no-untyped-call]
         return (grad_x, of_values, *(None,) * 12)
 
 
