@@ -9,6 +9,7 @@ if not (Path(__file__).parent / "kernels").is_dir():
 from . import metrics as metrics
 from .component_losses import BlobLoss, CCLoss, ComponentTverskyLoss, FalseComponentLoss
 from .components import connected_components
+from .ici_losses import ICILoss, dICILoss
 from .losses import InstanceCenterLoss, InstanceLoss, WeightedSum
 
 __all__ = [
@@ -16,9 +17,11 @@ __all__ = [
     "CCLoss",
     "ComponentTverskyLoss",
     "FalseComponentLoss",
+    "ICILoss",
     "InstanceCenterLoss",
     "InstanceLoss",
     "WeightedSum",
     "connected_components",
+    "dICILoss",
 ]
 __version__ = "0.1.0"

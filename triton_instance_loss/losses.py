@@ -41,10 +41,10 @@ class InstanceCenterTerms(NamedTuple):
 CRITERIA = ("loss_function_pixel", "loss_function_instance", "loss_function_center")
 
 
-class _Family(_Loss):
+class Family(_Loss):
     """What `InstanceLoss` and `InstanceCenterLoss` share: the three criteria, the options, and changing them."""
 
-    terms: ClassVar[type[InstanceTerms] | type[InstanceCenterTerms]]
+    terms: ClassVar[Any]  # a named tuple
 
     def __init__(
         self,
@@ -209,7 +209,7 @@ class _Family(_Loss):
             self._set_criteria(**{name: value})
         else:
             # Modules may be given any attribute, but not one that is nearly an option, which would do nothing.
-            ours = type(self) in (InstanceLoss, InstanceCenterLoss)  # a subclass may have some of its own
+            ours = type(self).__module__.startswith(f"{__package__}.")  # a subclass may have some of its own
             if ours and not name.startswith("_") and not hasattr(self, name):
                 meant = difflib.get_close_matches(name, (*CRITERIA, *NAMES), n=1, cutoff=0.8)
                 if meant:
@@ -223,7 +223,7 @@ class _Family(_Loss):
         checks.refuse_script()
 
 
-class InstanceLoss(_Family):
+class InstanceLoss(Family):
     """The instance-level loss family: seven terms of one labelling of outputs and labels.
 
     pixel, instance_label, instance_output, center, false_instances, missed_instances, proximity; the functions of
@@ -324,7 +324,7 @@ class InstanceLoss(_Family):
     terms = InstanceTerms
 
 
-class InstanceCenterLoss(_Family):
+class InstanceCenterLoss(Family):
     """The instance-level loss family without proximity: six terms of one labelling of outputs and labels.
 
     pixel, instance_label, instance_output, center, false_instances, missed_instances. How it is called, its arguments,
@@ -355,6 +355,9 @@ DEFAULT_WEIGHTS = {
     "missed_instances": 0.25,
     "proximity": 0.0,
 }
+
+
+_OF_ALL_LOSSES = DEFAULT_WEIGHTS | {"instance": 0.5, "fdr": 0.25}  # those of ICILoss and dICILoss too
 
 
 class Weights(dict[str, float]):
@@ -425,7 +428,8 @@ class WeightedSum(_Loss):
     network has thousands of false instances. A term of weight 0 is not computed.
 
     Args:
-        loss: an `InstanceLoss` or `InstanceCenterLoss`; its options and criteria are changed there, `loss.loss`.
+        loss: an `InstanceLoss`, `InstanceCenterLoss`, `ICILoss` or `dICILoss`; its options and criteria are changed
+            there, `loss.loss`.
         **weights: one finite number a term name; terms left out keep their default.
 
     Attributes:
@@ -453,11 +457,11 @@ class WeightedSum(_Loss):
 
     weights: Weights
 
-    def __init__(self, loss: _Family, **weights: float) -> None:
+    def __init__(self, loss: Family, **weights: float) -> None:
         super().__init__()
         self.loss = loss
         names = loss.terms._fields
-        self.weights = Weights(names, {name: DEFAULT_WEIGHTS[name] for name in names} | weights)
+        self.weights = Weights(names, {name: _OF_ALL_LOSSES[name] for name in names} | weights)
         self.terms: dict[str, Tensor] = {}
         counts = [name for name in ("false_instances", "missed_instances") if self.weights[name] != 0.0]
         if counts and not loss.rate_instead_number:
@@ -490,15 +494,16 @@ class WeightedSum(_Loss):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "loss":
-            if not isinstance(value, _Family):
-                raise TypeError(f"loss must be an InstanceLoss or InstanceCenterLoss, got {type(value).__name__}.")
+            if not isinstance(value, Family):
+                allowed = "an InstanceLoss, InstanceCenterLoss, ICILoss or dICILoss"
+                raise TypeError(f"loss must be {allowed}, got {type(value).__name__}.")
             if "weights" in self.__dict__ and set(self.weights) != set(value.terms._fields):
                 raise ValueError(f"loss must have the terms {', '.join(self.weights)}, got {type(value).__name__}.")
         elif name == "weights":
             value = Weights(self.loss.terms._fields, value)
         elif name in (*NAMES, *CRITERIA):
             raise AttributeError(f"{name} belongs to the loss that is summed: set loss.loss.{name} instead.")
-        elif name in DEFAULT_WEIGHTS:
+        elif name in _OF_ALL_LOSSES:
             raise AttributeError(f"{name} is a term: set its weight, loss.weights[{name!r}], instead.")
         super().__setattr__(name, value)
 
