@@ -362,8 +362,15 @@ class ComponentTverskyLoss(ComponentLoss):
         smooth: float = 1e-5,
         **shared: Any,
     ) -> None:
-        own = {"alpha": alpha, "beta": beta, "gamma": gamma, "epsilon": epsilon}
-        super().__init__(**own, background_weight=background_weight, smooth=smooth, **shared)
+        super().__init__(
+            alpha=alpha,
+            beta=beta,
+            gamma=gamma,
+            epsilon=epsilon,
+            background_weight=background_weight,
+            smooth=smooth,
+            **shared,
+        )
 
     def _check(self, own: dict[str, Any], options: Options) -> None:
         for name, value in own.items():

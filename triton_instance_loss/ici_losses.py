@@ -6,9 +6,10 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from .activation import activated, carrier_of, check_and_widen, health_of, probabilities, to_activate, to_compare
+from .activation import activated, health_of, probabilities
 from .losses import Family
 from .options import Options
+from .regions import Scene
 
 
 class ICITerms(NamedTuple):
@@ -46,16 +47,17 @@ class _Published(Family):
         cc_label_batch: Tensor | None,
         ignore_mask: Tensor | None,
         names: Collection[str],
+        scene: Scene | None = None,
     ) -> dict[str, Tensor]:
         """Only the terms `names`, by name, in the order of the terms."""
         of_family = {self.in_family.get(name, name): name for name in names if name != "fdr"}
         inputs = outputs, labels, cc_label_batch, ignore_mask
-        terms: dict[str, Tensor] = {}
+        scene, terms = scene or Scene(*inputs, self.options), {}
         if of_family:
-            found = super().evaluate(*inputs, tuple(of_family))
+            found = super().evaluate(*inputs, tuple(of_family), scene)
             terms = {of_family[name]: value for name, value in found.items()}
         if "fdr" in names:
-            terms["fdr"] = _false_discovery_rate(*inputs, self.options)
+            terms["fdr"] = _false_discovery_rate(scene, self.options)
         return {name: terms[name] for name in self.terms._fields if name in terms}
 
     def evaluate_sum(
@@ -65,27 +67,25 @@ class _Published(Family):
         cc_label_batch: Tensor | None,
         ignore_mask: Tensor | None,
         weights: Mapping[str, float],
+        scene: Scene | None = None,
     ) -> tuple[Tensor | None, dict[str, Tensor]]:
         """The weighted sum of the terms named in `weights`, None if there are none, and these terms, detached."""
-        terms = self.evaluate(outputs, labels, cc_label_batch, ignore_mask, weights)
+        terms = self.evaluate(outputs, labels, cc_label_batch, ignore_mask, weights, scene)
         weighted = [weights[name] * term for name, term in terms.items()]
         total = torch.stack(weighted).sum() if weighted else None
         return total, {name: term.detach() for name, term in terms.items()}
 
 
-def _false_discovery_rate(
-    outputs: Tensor, labels: Tensor, cc_label_batch: Tensor | None, ignore_mask: Tensor | None, options: Options
-) -> Tensor:
+def _false_discovery_rate(scene: Scene, options: Options) -> Tensor:
     """1 - (sum of a y + smoother) / (sum of a + smoother), mean over samples."""
-    given = check_and_widen(outputs, labels, cc_label_batch, ignore_mask, options)
-    with torch.autocast(outputs.device.type, enabled=False):
-        x, truth = to_activate(given, options), to_compare(given, options)
-        carrier, y = carrier_of(x, given, options), truth > 0.5
-        a = activated(x, carrier, probabilities(carrier, options) >= options.threshold, y, options)
-        wrong, all_of_it = ((a * ~y).flatten(1).sum(1), a.flatten(1).sum(1))
-        looked_at = given.outputs if options.activation == "softmax" else x
+    x, carrier, y = scene.x, scene.carrier, scene.truth > 0.5
+    with torch.autocast(x.device.type, enabled=False):
+        p = x if options.activation == "softmax" else probabilities(x.detach(), options)
+        a = activated(x, carrier, p >= options.threshold, y, options)
+        wrong, predicted = (each.flatten(1).sum(1) for each in (a * ~y, a))
+        looked_at = scene.given.outputs if options.activation == "softmax" else x
         # (that is, without the digits that the ratio shares with 1)
-        return (wrong / (all_of_it + options.smoother)).mean() * health_of(looked_at, truth)
+        return (wrong / (predicted + options.smoother)).mean() * health_of(looked_at, scene.truth)
 
 
 class ICILoss(_Published):

@@ -34,10 +34,17 @@ def first_rows(counts: Tensor, rows: int) -> Tensor:
     return torch.arange(rows, device=counts.device) < counts[:, None]
 
 
-def find(x: Tensor, labels: Tensor, cc_label_batch: Tensor | None, pixel: tuple[int, int], options: Options) -> Found:
+def find(
+    x: Tensor,
+    labels: Tensor,
+    cc_label_batch: Tensor | None,
+    pixel: tuple[int, int],
+    options: Options,
+    every: bool = False,
+) -> Found:
     """Label both volumes, number and measure their instances, and decide which outputs are kept.
 
-    `pixel` says what the pixel term sees, and the code of its quantity.
+    `pixel` says what the pixel term sees, and the code of its quantity; `every`: each output is to have a row.
     """
     bound = capacity_bound(x.shape, options.num_iterations)
     ids = None
@@ -49,7 +56,7 @@ def find(x: Tensor, labels: Tensor, cc_label_batch: Tensor | None, pixel: tuple[
     search = (options.num_iterations or 0, options.min_instance_size)
     keep = (options.max_cc_out, float(options.mul_too_many))
     rows = rows_of_tables(x, bound)
-    some_suffice = ids is None and options.num_iterations is None and options.max_cc_out > 0
+    some_suffice = not every and ids is None and options.num_iterations is None and options.max_cc_out > 0
     if some_suffice and ops.backend(x) == "triton":
         rows = min(rows, max(bound // BLOCKS_A_ROW[options.spatial_dims], FEW_ROWS, options.max_cc_out))
     sites, pixel_sums, health, counts, geometry = ops.find(

@@ -13,6 +13,7 @@ from . import checks, criteria
 from .activation import unwrap, widen
 from .functional import Criterion, evaluate_sum, evaluate_terms
 from .options import NAMES, Options
+from .regions import Scene
 
 
 class InstanceTerms(NamedTuple):
@@ -118,8 +119,9 @@ class Family(_Loss):
         cc_label_batch: Tensor | None,
         ignore_mask: Tensor | None,
         names: Collection[str],
+        scene: Scene | None = None,
     ) -> dict[str, Tensor]:
-        """Only the terms `names`, by name, in the order of the terms."""
+        """Only the terms `names`, by name, in the order of the terms; `scene` as in `evaluate_sum`."""
         return evaluate_terms(
             outputs,
             labels,
@@ -130,6 +132,7 @@ class Family(_Loss):
             pixel=self.loss_function_pixel,
             instance=self.loss_function_instance,
             center=self.loss_function_center,
+            scene=scene,
         )
 
     def evaluate_sum(
@@ -139,8 +142,12 @@ class Family(_Loss):
         cc_label_batch: Tensor | None,
         ignore_mask: Tensor | None,
         weights: Mapping[str, float],
+        scene: Scene | None = None,
     ) -> tuple[Tensor | None, dict[str, Tensor]]:
-        """The weighted sum of the terms named in `weights`, None if there are none, and these terms, detached."""
+        """The weighted sum of the terms named in `weights`, None if there are none, and these terms, detached.
+
+        `scene` is what was made of the tensors, if other losses look at them too.
+        """
         return evaluate_sum(
             outputs,
             labels,
@@ -151,6 +158,7 @@ class Family(_Loss):
             pixel=self.loss_function_pixel,
             instance=self.loss_function_instance,
             center=self.loss_function_center,
+            scene=scene,
         )
 
     def edit_parameters(self, **changes: Any) -> None:
@@ -480,8 +488,20 @@ class WeightedSum(_Loss):
         ignore_mask: Tensor | None = None,
     ) -> Tensor:
         """The weighted sum of a batch."""
+        return self.evaluate(outputs, labels, cc_label_batch, ignore_mask)
+
+    def evaluate(
+        self,
+        outputs: Tensor,
+        labels: Tensor,
+        cc_label_batch: Tensor | None,
+        ignore_mask: Tensor | None,
+        scene: Scene | None = None,
+    ) -> Tensor:
+        """The same; `scene` is what was made of the tensors, if other losses look at them too."""
         used = {name: weight for name, weight in self.weights.plain.items() if weight != 0.0}
-        total, self.terms = self.loss.evaluate_sum(outputs, labels, cc_label_batch, ignore_mask, used)
+        inputs = outputs, labels, cc_label_batch, ignore_mask
+        total, self.terms = self.loss.evaluate_sum(*inputs, used, scene)
         if total is not None and (total.requires_grad or not outputs.requires_grad):
             return total
         # The sum of no voxels is connected to all of them, and costs no pass.

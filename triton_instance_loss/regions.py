@@ -1,8 +1,8 @@
-"""Losses on regions, SPEC section 8: what the losses of a call look at, and the one autograd function around them.
+"""What the losses of a call look at, a `Scene`, and losses on regions of it, SPEC section 8.
 
-A `Scene` is made of the tensors of a call. It holds the volumes, and makes row maps and cells when a loss first asks
-for them, so that several losses share all of it. A region loss is one operator on such a map: sums over regions, and
-what is made of them.
+A scene is made of the tensors of a call. It holds the volumes, and makes instances, row maps and cells when a loss
+first asks for them, so that several losses share all of it. A region loss is one operator on such a map: sums over
+regions, and what is made of them.
 """
 
 from typing import Any, NamedTuple
@@ -27,7 +27,7 @@ class Regions(NamedTuple):
 
 
 class Scene:
-    """What the losses of one call look at. With `both` outputs are labelled in the same pass as labels."""
+    """What the losses of one call look at. `outputs_too`: there are losses on regions that are outputs."""
 
     def __init__(
         self,
@@ -36,34 +36,33 @@ class Scene:
         cc_label_batch: Tensor | None,
         ignore_mask: Tensor | None,
         options: Options,
-        both: bool,
+        outputs_too: bool = False,
     ) -> None:
-        self.options, self.both = options, both
+        self.options, self.outputs_too = options, outputs_too
         self.given = given = check_and_widen(outputs, labels, cc_label_batch, ignore_mask, options)
         if (suspicion := checks.logits(outputs, options.activation, given.ignored)) is not None:
             checks.warn_once(options, "logits", suspicion)
-        with torch.autocast(outputs.device.type, enabled=False):
+        with torch.autocast(given.outputs.device.type, enabled=False):
             self.x, self.truth = to_activate(given, options), to_compare(given, options)
             self.carrier = carrier_of(self.x, given, options)
-        classes = len(options.classes)
-        self.ignored = (
-            None if given.ignored is None else to_volume(given.ignored.expand(-1, classes, *given.ignored.shape[2:]))
-        )
         self._found: Found | None = None
         self._sides: dict[int, Regions] = {}
         self._cells: dict[Any, Regions] = {}
 
+    def find(self, pixel: tuple[int, int], options: Options) -> Found:
+        """The instances of both sides, and the sums of a pixel term; kept for the losses that follow."""
+        found = find(self.x.detach(), self.truth, self.given.ids, pixel, options, self.outputs_too)
+        self._found = found
+        return found
+
     def found(self) -> Found:
         """The instances of both sides."""
-        if self._found is None:
-            pixel = ops.NOT_FUSED, quantities.MASS
-            self._found = find(self.x.detach(), self.truth, self.given.ids, pixel, self.options)
-        return self._found
+        return self._found or self.find((ops.NOT_FUSED, quantities.MASS), self.options)
 
     def instances(self, side: int) -> Regions:
         """The regions that are instances: those of `ops.LABELS` or of `ops.OUTPUTS`."""
         if side not in self._sides:
-            if side == ops.LABELS and not self.both:
+            if self._found is None and not self.outputs_too:
                 rows, counts, geometry = self._label()
                 sides = {side: (rows, counts)}
             else:
@@ -112,7 +111,10 @@ class Scene:
         return labelled
 
     def _but_ignored(self, rows: Tensor) -> Tensor:
-        return rows if self.ignored is None else rows.masked_fill(self.ignored, -1)
+        ignored = self.given.ignored
+        if ignored is None:
+            return rows
+        return rows.masked_fill(to_volume(ignored.expand(-1, len(self.options.classes), *ignored.shape[2:])), -1)
 
 
 def unclaimed(scene: Scene) -> Tensor:

@@ -34,8 +34,8 @@ def _sweep(rows: Rows, step: float, near: Rows, far: Distances) -> bool:
                 row, since = rows[line, voxel], 0
             near[line, voxel] = row
             far[line, voxel] = since if row > 0 else np.inf
-        found |= row > 0
         if row > 0:
+            found = True
             row, since = np.int32(0), 0
             for voxel in range(width - 1, -1, -1):
                 since += 1

@@ -94,8 +94,9 @@ def _sum_regions(x: Tensor, labels: Tensor, rows: Tensor, soft: bool, entropy: b
                 logs = torch.nn.functional.logsigmoid(piece.abs())
             elif entropy:
                 logs, logs_of_rest = p.log().clamp_(min=-100.0), (-p).log1p_().clamp_(min=-100.0)
-            pieces = (each.numpy() for each in (piece, p, logs, logs_of_rest))
-            _add_up(*pieces, truth[here], row[here], soft, kind, table)
+            _add_up(
+                piece.numpy(), p.numpy(), logs.numpy(), logs_of_rest.numpy(), truth[here], row[here], soft, kind, table
+            )
     return sums
 
 
