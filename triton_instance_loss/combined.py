@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.modules.loss import _Loss
 
 from . import checks
+from .activation import unwrap, widen
 from .component_losses import SHARED, ComponentLoss
 from .losses import Family, WeightedSum, Weights
 from .options import Options
@@ -88,15 +89,17 @@ class CombinedLoss(_Loss):
         """The weighted sum of a batch."""
         inputs = outputs, labels, cc_label_batch, ignore_mask
         used = {name: self.losses[name] for name, weight in self.weights.plain.items() if weight != 0.0}
-        outputs_too = {
+        outputs_too = [
             _looks(loss) for loss in used.values() if isinstance(loss, ComponentLoss) and loss.looks_at_outputs
-        }
+        ]
         scenes: dict[Any, Scene] = {}
         values: dict[str, Tensor] = {}
         # The family goes first: what it finds, it finds with the sums of its pixel term.
-        for name, loss in sorted(used.items(), key=lambda item: not isinstance(item[1], WeightedSum)):
+        family = [name for name, loss in used.items() if isinstance(loss, WeightedSum)]
+        for name in (*family, *[name for name in used if name not in family]):
+            loss = used[name]
             if not isinstance(loss, (ComponentLoss, WeightedSum)):
-                values[name] = checks.scalar(f"loss {name!r}", loss(outputs, labels))
+                values[name] = widen(unwrap(checks.scalar(f"loss {name!r}", loss(outputs, labels))))
                 continue
             key = _looks(loss)
             if key not in scenes:
@@ -104,9 +107,9 @@ class CombinedLoss(_Loss):
             scene = scenes[key]
             values[name] = loss.evaluate(scene) if isinstance(loss, ComponentLoss) else loss.evaluate(*inputs, scene)
         self.parts = {name: values[name].detach() for name in used}
-        # (the sum of no voxels is connected to all of them)
         weighted = [self.weights.plain[name] * values[name] for name in used]
-        return torch.stack(weighted).sum() if weighted else outputs[:0].sum()
+        # The sum of no voxels is connected to all of them.
+        return torch.stack(weighted).sum() if weighted else widen(unwrap(outputs)[:0]).sum()
 
     def extra_repr(self) -> str:
         """The weights, for `print(loss)`."""
