@@ -1,7 +1,7 @@
 """Losses on components that others published, on our instances: blob loss, CC-DiceCE and BiCC, CAT, false ones."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, ClassVar, NoReturn
 
 from torch import Tensor
@@ -45,6 +45,7 @@ class ComponentLoss(_Loss):
         **own: Any,
     ) -> None:
         super().__init__()
+        self._refuse_unknown("__init__", own)
         options = Options(
             activation=activation,
             num_out_chn=num_out_chn,
@@ -88,17 +89,20 @@ class ComponentLoss(_Loss):
             TypeError: An unknown argument, or a value of the wrong type.
             ValueError: A value that is not allowed.
         """
-        allowed = (*self.own, *SHARED)
-        if unknown := sorted(set(changes) - set(allowed)):
-            raise TypeError(
-                f"edit_parameters got unknown {', '.join(map(repr, unknown))}; allowed: {', '.join(allowed)}."
-            )
+        self._refuse_unknown("edit_parameters", {name for name in changes if name not in SHARED})
         own = self.settings | {name: changes.pop(name) for name in self.own if name in changes}
         self._set(dataclasses.replace(self.options, **changes), own)
 
     def extra_repr(self) -> str:
         """The arguments, for `print(loss)`."""
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in (*self.own, *SHARED))
+
+    def _refuse_unknown(self, method: str, names: Collection[str]) -> None:
+        if unknown := sorted(set(names) - set(self.own)):
+            allowed = ", ".join((*self.own, *SHARED))
+            raise TypeError(
+                f"{type(self).__name__}.{method} got unknown {', '.join(map(repr, unknown))}; allowed: {allowed}."
+            )
 
     def _set(self, options: Options, own: dict[str, Any]) -> None:
         own = {name: checks.plain(value) for name, value in own.items()}
@@ -125,6 +129,7 @@ class ComponentLoss(_Loss):
         if name in (*type(self).own, *SHARED):
             self.edit_parameters(**{name: value})
         else:
+            checks.not_nearly(self, name, (*type(self).own, *SHARED))
             super().__setattr__(name, value)
 
     def __prepare_scriptable__(self) -> NoReturn:

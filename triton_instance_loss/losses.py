@@ -1,7 +1,6 @@
 """The losses: `InstanceLoss`, `InstanceCenterLoss`, and `WeightedSum` that makes one number of their terms."""
 
 import dataclasses
-import difflib
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, NoReturn
@@ -216,15 +215,7 @@ class Family(_Loss):
         elif name in CRITERIA:
             self._set_criteria(**{name: value})
         else:
-            # Modules may be given any attribute, but not one that is nearly an option, which would do nothing.
-            ours = type(self).__module__.startswith(f"{__package__}.")  # a subclass may have some of its own
-            if ours and not name.startswith("_") and not hasattr(self, name):
-                meant = difflib.get_close_matches(name, (*CRITERIA, *NAMES), n=1, cutoff=0.8)
-                if meant:
-                    allowed = ", ".join((*CRITERIA, *NAMES))
-                    raise AttributeError(
-                        f"{type(self).__name__} has no option {name!r}; did you mean {meant[0]!r}? Allowed: {allowed}."
-                    )
+            checks.not_nearly(self, name, (*CRITERIA, *NAMES))
             super().__setattr__(name, value)
 
     def __prepare_scriptable__(self) -> NoReturn:
