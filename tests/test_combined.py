@@ -7,10 +7,10 @@ from collections import Counter
 
 import pytest
 import torch
+from component_cases import batch, value_and_gradient
 from monai.bundle import ConfigParser
 from monai.data import MetaTensor
 from monai.losses import DiceCELoss
-from test_component_losses import batch, value_and_gradient
 from tolerance import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
