@@ -20,7 +20,7 @@ from .criteria import (
 from .instances import Found, instances_of_all
 from .options import Options
 from .regions import Scene
-from .terms import TERMS, apply, request
+from .terms import TERMS, FusedTerms, apply, request
 
 Criterion = Callable[..., Any]
 
@@ -131,7 +131,7 @@ def _evaluate(
         if looked_at is not x:  # after a softmax, infinity no longer shows
             health = health * health_of(looked_at, truth)
         terms, total, *_ = apply(
-            carrier, values, None if x is carrier else x.detach(), truth, health,
+            FusedTerms, carrier, values, None if x is carrier else x.detach(), truth, health,
             instances_of_all(found.counts, options), wanted, weights, found.counts, found.geometry, found.pixel_sums,
             *found.sites, found.pairs,
         )  # fmt: skip

@@ -15,7 +15,7 @@ from .activation import carrier_of, check_and_widen, health_of, to_activate, to_
 from .components import capacity_bound, rows_of_tables
 from .instances import Found, find, first_rows, sorted_pairs
 from .options import Options
-from .terms import OnceDifferentiable
+from .terms import OnceDifferentiable, apply
 
 
 class Regions(NamedTuple):
@@ -93,8 +93,7 @@ class Scene:
         classes = len(self.options.classes)
         how = activation, kind, numbers, classes, regions.capacity
         with torch.autocast(self.x.device.type, enabled=False):
-            value: Tensor
-            value, *_ = RegionLoss.apply(self.carrier, self.truth, regions.rows, regions.counts, chosen, *how)  # type: ignore[no-untyped-call]
+            value, *_ = apply(RegionLoss, self.carrier, self.truth, regions.rows, regions.counts, chosen, *how)
             if self.options.activation == "softmax":  # after which infinity does not show everywhere
                 value = value * health_of(self.given.outputs, self.truth)
         return value

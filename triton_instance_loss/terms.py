@@ -6,7 +6,6 @@ into the gradient of a volume. A sample without usable outputs, or without label
 criterion on the whole sample, in row 0.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -226,11 +225,8 @@ class FusedTerms(torch.autograd.Function):
         return (grad_x, of_values, *(None,) * 12)
 
 
-def apply(*arguments: Any) -> tuple[Tensor, ...]:
-    """`FusedTerms.apply`, without looking its signature up at each call where nothing asks for that."""
+def apply(function: type[torch.autograd.Function], *arguments: Any) -> tuple[Tensor, ...]:
+    """`function.apply`, without looking its signature up at each call where nothing asks for that."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return FusedTerms.apply(*arguments)  # type: ignore[no-untyped-call, no-any-return]
-    return _apply(*arguments)
-
-
-_apply: Callable[..., tuple[Tensor, ...]] = super(torch.autograd.Function, FusedTerms).apply
+        return function.apply(*arguments)  # type: ignore[no-any-return]
+    return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[misc, no-any-return]
