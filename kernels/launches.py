@@ -14,10 +14,13 @@ at every launch in the interpreter, of tensors that are more than plain ones (fa
 launches, on devices other than CUDA's, and by versions of Triton whose launcher we do not know.
 """
 
+import functools
+import struct
 from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 from triton.runtime import driver
 
@@ -39,6 +42,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, values: tuple[int, ..
     """Launch `kernel`, a Triton kernel, with positional arguments, on the current device and stream.
 
     `values` are numbers in front of the others, at which compilation does not look: `do_not_specialize`, of one type.
+    A float64 comes as its bits, `bits_of`, since Triton takes none by value.
     """
     if not _IS_KNOWN or type(kernel) is not triton.JITFunction or _is_watched():
         kernel[grid](*values, *args, **options)
@@ -65,6 +69,18 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, values: tuple[int, ..
     stream = driver.active.get_current_stream(device)
     rows, samples = grid if len(grid) == 2 else (*grid, 1)
     run(rows, samples, 1, stream, function, metadata, None, None, None, *values, *args)
+
+
+@functools.cache
+def bits_of(numbers: tuple[float, ...]) -> tuple[int, ...]:
+    """The bits of some float64 as whole numbers."""
+    return struct.unpack(f"{len(numbers)}q", struct.pack(f"{len(numbers)}d", *numbers))
+
+
+@triton.jit
+def of_bits(number):
+    """The float64 of such a number."""
+    return number.to(tl.int64).to(tl.float64, bitcast=True)
 
 
 def _is_watched() -> bool:
