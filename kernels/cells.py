@@ -1,8 +1,9 @@
 """The cells of instances: `cells` of ops.py, the instance that is nearest to each voxel.
 
-Squared distances are sums over axes, so one axis follows the other, a launch each. Along W a voxel looks for the nearest
-voxel of an instance in its own line, and keeps where that is: its w. Along H it asks the lines of its slab for what they
-kept, and keeps the nearest of these: h * W + w. Along D it asks the slabs, and the row of the nearest is its answer:
+Squared distances are sums over axes, so one axis follows the other, a launch each. Along W a voxel looks for the
+nearest voxel of an instance in its own line, and keeps where that is: its w. Along H it asks the lines of its slab for
+what they kept, and keeps the nearest of these: h * W + w. Along D it asks the slabs; the row of the nearest is the
+answer:
 
     |w - w'|^2,    (h - h')^2 + min over w',    (d - d')^2 + min over h' and w'.
 

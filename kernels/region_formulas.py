@@ -7,8 +7,8 @@ count. Region 0, B, is what is in no instance. With the numbers of a kind (../op
                b = S_G + S_B + n_G + o / 2 + s, and o the voxels of other instances, or 0
     CELLS      mean over cells of dice d + ce E / n; d = 1 - (2 I + s) / max(S + T + s, 1e-8) where T > 0 and, without
                instances, in region 0; else Q / max(S, 1e-8), S held constant
-    TVERSKY    1 - (h + s) / (h + alpha f + beta m + s), h the sum of w S_G, m that of w (n_G - S_G), f = background S_B,
-               w = (n_G + epsilon)^-gamma
+    TVERSKY    1 - (h + s) / (h + alpha f + beta m + s), h the sum of w S_G, m that of w (n_G - S_G),
+               f = background S_B, w = (n_G + epsilon)^-gamma
     FALSE      the sum of S / n over the regions that are chosen
 
 Rows are added in a fixed order, in float64. Row 0 of the slopes holds zeros before.

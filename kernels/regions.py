@@ -6,11 +6,11 @@ max(x, 0) + l where y = 0, with l = log(1 + exp(-|x|)) to all digits; of a proba
 none, nor is one of number 0 with y = 1, but with CELLS. Its sums are those of p, y, p y, p^2, c, and its voxels.
 
 1. `_clear_kernel` clears the rows that are used.
-2. `_sum_regions_kernel`: each program goes over some blocks of a sample. What is in no instance it keeps to itself until
-   it is done. Elsewhere, while voxels remain, it takes the largest number, reduces over its voxels, sends scalar atomics
-   to its row, drops them: a run of a cell is one atomic for each sum.
-3. `_losses_kernel`, one program a sample, goes over its rows up to the count (region_formulas.py): the sample's own value
-   and its slopes, by the sums of p, p y, p^2 and c, and its share in the mean over its class.
+2. `_sum_regions_kernel`: each program goes over some blocks of a sample. What is in no instance it keeps to itself
+   until it is done. Elsewhere, while voxels remain, it takes the largest number, reduces over its voxels, sends scalar
+   atomics to its row, drops them: a run of a cell is one atomic for each sum.
+3. `_losses_kernel`, one program a sample, goes over its rows up to the count (region_formulas.py): the sample's own
+   value and its slopes, by the sums of p, p y, p^2 and c, and its share in the mean over its class.
 4. `_total_kernel` adds samples up: the value, and its derivative by the value of each.
 
 Backward, one kernel, s the slopes of the voxel's region, times the factor of its sample and the gradient:
@@ -19,10 +19,10 @@ Backward, one kernel, s the slopes of the voxel's region, times the factor of it
 
 and without activation p' = 1, c' = (p - y) / max(p (1 - p), 1e-12). (One of both p in a square is held constant.)
 
-p and c are computed in the precision of x, and added in float64. Deterministic but for the order of atomics, which shows
-in the last bits of a float64, unless PyTorch is asked to be deterministic: then one program goes over the blocks of a
-sample. Where x or a label is broken, so is the value. Bytes a voxel: the sizes of x and of a label, and 4 for the row,
-each way, and one gradient written.
+p and c are computed in the precision of x, and added in float64. Deterministic but for the order of atomics, which
+shows in the last bits of a float64, unless PyTorch is asked to be deterministic: then one program goes over the blocks
+of a sample. Where x or a label is broken, so is the value. Bytes a voxel: the sizes of x and of a label, and 4 for the
+row, each way, and one gradient written.
 """
 
 import torch
