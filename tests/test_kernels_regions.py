@@ -109,20 +109,23 @@ def test_cells_of_programs_at_once(monkeypatch):
 
 
 def draw_case(shape, dtype=torch.float64, activation=SIGMOID, kind=BLOB, label_dtype=torch.float32, seed=0):
-    """x, labels, a row map with ignored voxels, counts (the third sample has none), and which regions are chosen."""
+    """x, labels, a row map with ignored voxels, counts (a third sample has none), and which regions are chosen."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(shape, generator=generator, dtype=torch.float64) * 2
     x = (x if activation == SIGMOID else x.sigmoid()).to(dtype)
-    counts = torch.tensor([6, 1, 0, 3])[: shape[0]].int()
-    rows = torch.randint(0, 7, shape, generator=generator, dtype=torch.int32)
-    rows = torch.minimum(rows, counts.view(-1, 1, 1, 1))
+    most = torch.tensor([6, 1, 0, 3])[: shape[0]].view(-1, 1, 1, 1).int()
+    rows = torch.minimum(torch.randint(0, 7, shape, generator=generator, dtype=torch.int32), most)
     if kind != CELLS:
         rows[torch.rand(shape, generator=generator) < 0.4] = 0
         labels = (rows > 0) | (torch.rand(shape, generator=generator) < 0.1)  # some are in no instance
     else:
-        rows = torch.where(counts.view(-1, 1, 1, 1) > 0, rows.clamp(min=1), 0)
+        rows = torch.where(most > 0, rows.clamp(min=1), 0)
         labels = (torch.rand(shape, generator=generator) < 0.5) & (rows % 3 != 1)  # some cells without truth
     rows[torch.rand(shape, generator=generator) < 0.1] = -1
+    for volume in rows:  # numbers that are there, without gaps
+        for number, row in enumerate(volume[volume > 0].unique()):
+            volume[volume == row] = number + 1
+    counts = rows.flatten(1).amax(1).clamp(min=0)
     chosen = torch.rand((shape[0], 8), generator=generator) < 0.5
     return [t.to(DEVICE) for t in (x, labels.to(label_dtype), rows, counts, chosen)]
 
