@@ -17,6 +17,8 @@ tables.py, together with that of the instances. Deterministic: no atomics, parts
 voxel: the sizes of x and of a label read, 2 written.
 """
 
+from typing import Any
+
 import numpy as np
 import torch
 import triton
@@ -24,9 +26,20 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import ops
-from .blocks import block_size, cut
+from . import blocks
+from .blocks import block_size, cut, threads
+from .cells import (
+    Cells,
+    begin_cells,
+    bits_of_row,
+    cell_coordinates,
+    empty_cells,
+    number_of_cells,
+    row_of,
+    rows_of,
+)
 from .launches import launch
-from .quantities import phi, sum_where, truth
+from .quantities import phi, truth
 
 NONE: tl.constexpr = tl.constexpr(ops.NONE)
 SIGMOID: tl.constexpr = tl.constexpr(ops.SIGMOID)
@@ -34,8 +47,8 @@ NOT_FUSED: tl.constexpr = tl.constexpr(ops.NOT_FUSED)
 RAW: tl.constexpr = tl.constexpr(ops.RAW)
 PROBABILITY: tl.constexpr = tl.constexpr(ops.PROBABILITY)
 COLUMNS: tl.constexpr = tl.constexpr(ops.SAMPLE_COLUMNS)
-# Eight voxels a thread of four warps: enough loads under way to wait for memory, and few parts to add.
-ACTIVATE_BLOCK = 1024
+# Tiles of one cell a thread that a program of one warp goes over: few parts to add, without a barrier.
+ACTIVATE_TILES = 4
 
 
 @triton.jit
@@ -55,6 +68,25 @@ def is_label(labels):
 
 
 @triton.jit
+def is_mask_like(labels):
+    """Where labels are near 0 or 1."""
+    return (labels >= -0.5) & (labels <= 1.5) if labels.dtype.is_floating() else (labels >= 0) & (labels <= 1)
+
+
+@triton.jit
+def is_foreground(x, p, ACTIVATION: tl.constexpr, THRESHOLD: tl.constexpr):
+    """Where an output is foreground."""
+    only_ones: tl.constexpr = (ACTIVATION == NONE) & (THRESHOLD <= 0)
+    return x == 1 if only_ones else p >= tl.full(x.shape, THRESHOLD, x.dtype)
+
+
+@triton.jit
+def _sum_of(values):
+    """Sum of a block (BLOCK, 2)."""
+    return tl.sum(tl.sum(values, axis=1), axis=0)
+
+
+@triton.jit
 def seen_by_pixel(x, p, foreground, y, labels, PIXEL: tl.constexpr):
     """Prediction u and truth w of the pixel term, in the precision of x."""
     if PIXEL == RAW:
@@ -71,59 +103,94 @@ def seen_by_pixel(x, p, foreground, y, labels, PIXEL: tl.constexpr):
 def _activate_kernel(
     x_ptr,  # (B, V) float32 or float64
     labels_ptr,  # (B, V) of any real dtype
-    foreground_ptr,  # (B, V) bool
-    y_ptr,  # (B, V) bool
+    masks_ptr,  # (2 B, V) bool, or None: the cells are wanted
+    cells_ptr,  # (2 B, N) uint8, or None: the masks are
+    parents_ptr,  # (2 B, V) int32, or None
     parts_ptr,  # (B, programs, 4) float64: of the sums, zeros without a fused pixel term; 0 or NaN
-    V,
+    D,
+    H,
+    W,
+    N,
     ACTIVATION: tl.constexpr,
     THRESHOLD: tl.constexpr,
     PIXEL: tl.constexpr,
     QUANTITY: tl.constexpr,
+    ROWS: tl.constexpr,
+    EVEN: tl.constexpr,
+    TILES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    voxel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    sample = tl.program_id(1).to(tl.int64)
-    index = sample * V + voxel
-    in_volume = voxel < V
-    x = tl.load(x_ptr + index, mask=in_volume, other=0)
-    labels = tl.load(labels_ptr + index, mask=in_volume, other=0)
-
-    p = probability(x, ACTIVATION)
-    only_ones: tl.constexpr = (ACTIVATION == NONE) & (THRESHOLD <= 0)
-    foreground = x == 1 if only_ones else p >= tl.full(x.shape, THRESHOLD, x.dtype)
-    y = is_label(labels)
-    tl.store(foreground_ptr + index, foreground, mask=in_volume)
-    tl.store(y_ptr + index, y, mask=in_volume)
+    sample, B = tl.program_id(1).to(tl.int64), tl.num_programs(1)
+    x_ptr += sample * D * H * W
+    labels_ptr += sample * D * H * W
+    of_both = tl.zeros((BLOCK, 2), tl.float64)
+    of_u = tl.zeros((BLOCK, 2), tl.float64)
+    of_w = tl.zeros((BLOCK, 2), tl.float64)
+    healthy = tl.full((BLOCK, 2), 1, tl.int1)
+    for tile in range(TILES):
+        cell = (tl.program_id(0) * TILES + tile) * BLOCK + tl.arange(0, BLOCK)
+        cell_z, cell_y, cell_x = cell_coordinates(cell, H, W)
+        out, lab = tl.zeros((BLOCK, 2), tl.int32), tl.zeros((BLOCK, 2), tl.int32)
+        for row in tl.static_range(ROWS):
+            voxel, inside = row_of(cell_z, cell_y, cell_x, cell < N, D, H, W, row, EVEN)
+            x = tl.load(x_ptr + voxel, mask=inside, other=0)
+            labels = tl.load(labels_ptr + voxel, mask=inside, other=0)
+            p = probability(x, ACTIVATION)
+            foreground, y = is_foreground(x, p, ACTIVATION, THRESHOLD), is_label(labels)
+            healthy = healthy & (tl.abs(x) < float("inf")) & is_mask_like(labels)
+            if PIXEL != NOT_FUSED:
+                u, w = seen_by_pixel(x, p, foreground, y, labels, PIXEL)
+                u = tl.where(inside, u, 0.0)  # where both are 0, so is all that is added
+                of_both += (u * w).to(tl.float64)
+                of_u += phi(u, w, QUANTITY).to(tl.float64)
+                of_w += truth(w, QUANTITY).to(tl.float64)
+            if masks_ptr is not None:
+                mask_ptr = masks_ptr + sample * D * H * W + voxel
+                tl.store(mask_ptr, foreground, mask=inside)
+                tl.store(mask_ptr + B.to(tl.int64) * D * H * W, y, mask=inside)
+            out |= bits_of_row(foreground & inside, row)
+            lab |= bits_of_row(y, row)
+        if cells_ptr is not None:
+            for side in tl.static_range(2):
+                start = side * B + sample
+                begin_cells(
+                    tl.sum(out if side == 0 else lab, axis=1), cells_ptr + start * N, parents_ptr + start * D * H * W,
+                    cell, cell_z, cell_y, cell_x, D, H, W, N, ROWS, EVEN, BLOCK,
+                )  # fmt: skip
 
     parts_ptr += (sample * tl.num_programs(0) + tl.program_id(0)) * (COLUMNS + 1)
-    mask_like = (labels >= -0.5) & (labels <= 1.5) if labels.dtype.is_floating() else (labels >= 0) & (labels <= 1)
-    broken = tl.sum((~((tl.abs(x) < float("inf")) & mask_like)).to(tl.int32), axis=0)
+    tl.store(parts_ptr, _sum_of(of_both))
+    tl.store(parts_ptr + 1, _sum_of(of_u))
+    tl.store(parts_ptr + 2, _sum_of(of_w))
+    broken = tl.max(tl.max((~healthy).to(tl.int32), axis=1), axis=0)
     tl.store(parts_ptr + COLUMNS, tl.where(broken > 0, float("nan"), 0.0))
-    if PIXEL != NOT_FUSED:
-        u, w = seen_by_pixel(x, p, foreground, y, labels, PIXEL)
-        tl.store(parts_ptr, sum_where(u * w, in_volume))
-        tl.store(parts_ptr + 1, sum_where(phi(u, w, QUANTITY), in_volume))
-        tl.store(parts_ptr + 2, sum_where(truth(w, QUANTITY), in_volume))
-    else:
-        for column in tl.static_range(COLUMNS):
-            tl.store(parts_ptr + column, 0.0)
 
 
-def launch_activate(
-    x: Tensor, labels: Tensor, activation: int, threshold: float, pixel: int, quantity: int
-) -> tuple[Tensor, Tensor]:
-    """Foreground and y as one mask (2 B, D, H, W), and the parts of the sums of the pixel term and of the health."""
-    batch, *shape = x.shape
-    masks = torch.empty((2 * batch, *shape), dtype=torch.bool, device=x.device)
-    num_voxels = x[0].numel() if batch else 0
-    block = block_size(num_voxels, ACTIVATE_BLOCK)
-    programs = cut(num_voxels, block)
+def _activate(x: Tensor, labels: Tensor, masks: Tensor | None, begun: Cells | None, *options: Any) -> Tensor:
+    """Launch the kernel: what it writes besides masks or cells, the parts of sums and health."""
+    (batch, *shape), (activation, threshold, pixel, quantity) = x.shape, options
+    num_cells = number_of_cells(shape)
+    block, tiles = block_size(num_cells, threads(1)), 1 if blocks.INTERPRETED else ACTIVATE_TILES
+    programs = cut(num_cells, block * tiles)
     parts = torch.empty((batch, programs, ops.SAMPLE_COLUMNS + 1), dtype=torch.float64, device=x.device)
     # As PyTorch and NumPy compare a number with a tensor: rounded to the dtype of the tensor.
     threshold = float(np.float64(threshold) if x.dtype == torch.float64 else np.float32(threshold))
     if x.numel() > 0:
         launch(_activate_kernel, (programs, batch),
-            x, labels, *masks.chunk(2), parts, num_voxels,
-            activation, threshold, pixel, 0 if pixel == ops.NOT_FUSED else quantity, block,
+            x, labels, masks, *(begun or (None, None)), parts, *shape, num_cells,
+            activation, threshold, pixel, 0 if pixel == ops.NOT_FUSED else quantity, *rows_of(shape), tiles, block,
+            num_warps=1,
         )  # fmt: skip
-    return masks, parts
+    return parts
+
+
+def launch_activate(x: Tensor, labels: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    """Foreground and y as one mask (2 B, D, H, W), and the parts of the sums of the pixel term and of the health."""
+    masks = torch.empty((2 * len(x), *x.shape[1:]), dtype=torch.bool, device=x.device)
+    return masks, _activate(x, labels, masks, None, *options)
+
+
+def launch_activate_cells(x: Tensor, labels: Tensor, *options: Any) -> tuple[Cells, Tensor]:
+    """The same, but instead of the mask its cells, from which labelling goes on."""
+    begun = empty_cells(2 * len(x), x.shape[1:], x.device)
+    return begun, _activate(x, labels, None, begun, *options)

@@ -11,9 +11,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import checks, ops
-from .activation import launch_activate
+from .activation import launch_activate, launch_activate_cells
 from .blocks import block_size
-from .components import find_instances, launch_number_instances
+from .components import find_instances, instances_of, launch_number_instances
 from .launches import launch
 from .quantities import PARTS_BLOCK, sum_parts
 
@@ -74,18 +74,22 @@ def launch_find(
     rest: int,
 ) -> tuple[list[Tensor], Tensor, Tensor, Tensor, Tensor]:
     """Sites, sums of the pixel term, health, counts and geometry."""
-    masks, parts = launch_activate(x, labels, activation, threshold, pixel, pixel_quantity)
-    batch, programs, _ = parts.shape
-    rest_sizes = torch.empty((batch, rest), dtype=torch.int32, device=x.device)
-    if ids is None:
-        # One labelling for both sides.
-        rows, found, geometry = find_instances(masks, num_iterations, min_size, capacity, rest_sizes)
+    options = activation, threshold, pixel, pixel_quantity
+    rest_sizes = torch.empty((len(x), rest), dtype=torch.int32, device=x.device)
+    if ids is None and num_iterations == 0 and min_size == 0:
+        # One labelling for both sides. All foreground is in instances.
+        cells, parts = launch_activate_cells(x, labels, *options)
+        sites, found, geometry = instances_of(cells, capacity, rest_sizes)
     else:
-        out = find_instances(masks[:batch], num_iterations, min_size, capacity, rest_sizes)
-        lab = launch_number_instances(ids, min_size, capacity)
-        rows, found, geometry = (torch.cat(pair) for pair in zip(out, lab, strict=True))
-    all_in_instances = ids is None and min_size == 0
-    sites = rows if all_in_instances else torch.where(masks & (rows == 0), -1, rows)
+        masks, parts = launch_activate(x, labels, *options)
+        if ids is None:
+            rows, found, geometry = find_instances(masks, num_iterations, min_size, capacity, rest_sizes)
+        else:
+            out = find_instances(masks[: len(x)], num_iterations, min_size, capacity, rest_sizes)
+            lab = launch_number_instances(ids, min_size, capacity)
+            rows, found, geometry = (torch.cat(pair) for pair in zip(out, lab, strict=True))
+        sites = torch.where(masks & (rows == 0), -1, rows)
+    batch, programs, _ = parts.shape
     counts = torch.empty((ops.COUNTS, batch), dtype=torch.int32, device=x.device)
     sums = torch.empty((batch, ops.SAMPLE_COLUMNS), dtype=torch.float64, device=x.device)
     health = torch.empty((), dtype=torch.float64, device=x.device)
