@@ -51,7 +51,7 @@ from .propagation import propagate
 # with many more it takes over 200 registers. One warp, so that no lane waits at a barrier for another warp.
 MERGE_WARPS = 1
 # Four cells a thread of one warp, whose bytes it reads at once.
-FLATTEN_BLOCK, FLATTEN_WARPS = 128, 1
+FLATTEN_BLOCK, FLATTEN_WARPS = 32, 1
 
 
 @triton.jit
@@ -232,7 +232,7 @@ def _merge_kernel(
     blocks,
     BLOCK: tl.constexpr,
 ):
-    cell = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    cell = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK + tl.arange(0, BLOCK)
     sample = tl.program_id(1).to(tl.int64)
     for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
         tl.store(roots_ptr + sample * blocks + block, 0)
@@ -270,7 +270,8 @@ def _flatten_kernel(
     EVEN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    cell = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    # Programs begin in order, and roots are large: who comes later finds that parents have climbed already.
+    cell = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK + tl.arange(0, BLOCK)
     sample = tl.program_id(1).to(tl.int64)
     parents_ptr += sample * D * H * W
     occupancy = tl.load(cells_ptr + sample * N + cell, mask=cell < N, other=0).to(tl.int32)

@@ -11,7 +11,7 @@ from ..ratios import numbers
 from .centers import launch_center_overlaps
 from .proximity import launch_proximity_minima
 from .tables import launch_sum_instances, launch_sum_instances_backward
-from .terms import add_up, spread
+from .terms import add_up, launch_terms_backward
 
 
 def launch_evaluate(
@@ -71,8 +71,11 @@ def launch_evaluate_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of z and of the values of the criterion."""
     slopes, of_samples, pairs, touched = kept
-    of_mistakes, *grads = spread(grad_terms, grad_sum, tuple(weights), slopes, of_samples, counts, masses, flows)
-    where = x, labels, sites, pairs, touched, counts
+    of_terms = grad_terms, grad_sum, tuple(weights)
+    of_mistakes, *grads = launch_terms_backward(
+        *of_terms, slopes, of_samples, counts, pairs, masses, flows, mistakes
+    )
+    where = x, labels, sites, touched, counts
     grad_x = launch_sum_instances_backward(
         of_mistakes, slopes, *grads, *where, activation, quantity, no_tp, pixel, pixel_quantity, mistakes
     )

@@ -54,7 +54,7 @@ HIGHS: tl.constexpr = tl.constexpr(ops.HIGHS.start)
 # threads on one lane, the second could read what the first has written over a name.
 REDUCE_BLOCK, REDUCE_WARPS = 256, 1
 # Four cells a thread of one warp, whose bytes it reads at once.
-CELLS_BLOCK = 128
+CELLS_BLOCK = 32
 # Blocks a program ranks: in most there is no name.
 RANK_BLOCKS: tl.constexpr = tl.constexpr(8)
 FARTHEST: tl.constexpr = tl.constexpr(2**31 - 1)

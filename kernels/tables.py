@@ -15,7 +15,7 @@ other. Before both, one kernel clears the rows that are used, and the pairs. Out
 but a flag each: whether they touch a label.
 
 Backward, G the gradients of the tables, phi' the derivative in a, F the gradient of a false output, M that of a missed
-label, over their sizes (both 0 for all other instances):
+label, over their sizes (both 0 for all other instances; but where it is that of a mean, MASS has it already):
 
     da = G_o.MASS + G_o.INTERSECTION [l > 0] + G_o.COST phi'(a, [l > 0]) + E_o e'
        + G_l.MASS + [inside] (G_l.INTERSECTION + G_l.COST c') + [here] (G_s.0 y + G_s.1 phi'(a, y)),
@@ -50,7 +50,7 @@ from .. import ops, quantities
 from .activation import NONE, NOT_FUSED, RAW, probability, seen_by_pixel
 from .blocks import adding_programs, block_size, cut, table_programs, threads
 from .launches import launch
-from .pairs import SUMS_WARPS, insert_pair, sum_neighbours, sum_neighbours_backward
+from .pairs import SUMS_WARPS, insert_pair, sum_neighbours
 from .quantities import phi, phi_derivative, sum_where
 
 MASS: tl.constexpr = tl.constexpr(ops.MASS)
@@ -76,8 +76,8 @@ OF_LOGARITHM: tl.constexpr = tl.constexpr(ops.OF_LOGARITHM)
 # For one warp (pairs.py), which reduces without barriers. A soft output or a cross entropy has several numbers a voxel
 # to keep instead of one; in a block of 256, some would not fit the registers.
 SUMS_BLOCK, LONG_SUMS_BLOCK = 256, 128
-# Four voxels a thread of one warp, so that a block of background is found without a barrier.
-GRADIENT_BLOCK, GRADIENT_WARPS = 128, 1
+# Eight voxels a thread of one warp, so that a block of background is found without a barrier.
+GRADIENT_BLOCK, GRADIENT_WARPS = 256, 1
 CLEAR_BLOCK = 256
 
 
@@ -199,6 +199,47 @@ def _sum_instances_kernel(
 
 
 @triton.jit
+def _excess_derivative(a, y, QUANTITY: tl.constexpr, NO_TP: tl.constexpr):
+    """Derivative of the excess in a."""
+    nothing = tl.zeros_like(a)
+    if NO_TP:
+        derivative = tl.where(y, 0.0, phi_derivative(a * a, nothing, QUANTITY) * a)
+    else:
+        derivative = phi_derivative(a, nothing, QUANTITY)
+    return derivative
+
+
+@triton.jit
+def _of_outputs(
+    a, out, lab, sample, grad_sums_ptr, grad_excess_ptr, capacity, QUANTITY: tl.constexpr, NO_TP: tl.constexpr
+):
+    """Gradient of a, from those of the sums of outputs."""
+    here = (out > 0) & (out <= capacity)
+    row = sample * capacity + out - 1
+    row_ptr = grad_sums_ptr + row * GRADIENT_COLUMNS
+    grad = tl.load(row_ptr + MASS, mask=here, other=0.0)
+    grad += tl.load(row_ptr + INTERSECTION, mask=here & (lab > 0), other=0.0)
+    slope = phi_derivative(a, (lab > 0).to(a.dtype), QUANTITY)
+    grad += _times(tl.load(row_ptr + COST, mask=here, other=0.0), slope, here)
+    grad_excess = tl.load(grad_excess_ptr + row, mask=here, other=0.0)
+    return grad + _times(grad_excess, _excess_derivative(a, lab != 0, QUANTITY, NO_TP), here)
+
+
+@triton.jit
+def _of_labels(a, out, lab, sample, kept, grad_sums_ptr, capacity, QUANTITY: tl.constexpr, NO_TP: tl.constexpr):
+    """Gradient of a, from those of the sums of labels."""
+    here = (lab > 0) & (lab <= capacity)
+    inside = here & (out > 0) & (out <= kept)
+    row_ptr = grad_sums_ptr + ((tl.num_programs(1) + sample) * capacity + lab - 1) * GRADIENT_COLUMNS
+    grad = tl.load(row_ptr + MASS, mask=here, other=0.0)
+    grad += tl.load(row_ptr + INTERSECTION, mask=inside, other=0.0)
+    slope = phi_derivative(a, tl.zeros_like(a) + 1, QUANTITY)
+    if not NO_TP:
+        slope = slope - phi_derivative(a, tl.zeros_like(a), QUANTITY)
+    return grad + _times(tl.load(row_ptr + COST, mask=inside, other=0.0), slope, inside)
+
+
+@triton.jit
 def _of_instances(
     x,
     out,
@@ -216,52 +257,37 @@ def _of_instances(
     """Gradient of a, from those of the sums of instances and of the whole sample."""
     B = tl.num_programs(1)
     kept = tl.load(counts_ptr + KEPT * B + sample)
-    foreground, y = out != 0, (lab != 0).to(x.dtype)
-    a = x if ACTIVATION == NONE else foreground.to(x.dtype)
-    in_out = (out > 0) & (out <= capacity)
-    in_lab = (lab > 0) & (lab <= capacity)
-    inside = in_lab & (out > 0) & (out <= kept)
-    on_label = (lab > 0).to(x.dtype)
-    slope_0 = phi_derivative(a, tl.zeros_like(a), QUANTITY)
-    slope_1 = phi_derivative(a, tl.zeros_like(a) + 1, QUANTITY)
-    excess = tl.where(y > 0, 0.0, phi_derivative(a * a, tl.zeros_like(a), QUANTITY) * a) if NO_TP else slope_0
-
-    row_ptr = grad_sums_ptr + (sample * capacity + out - 1) * GRADIENT_COLUMNS
-    grad = tl.load(row_ptr + MASS, mask=in_out, other=0.0)
-    grad += tl.load(row_ptr + INTERSECTION, mask=in_out & (lab > 0), other=0.0)
-    grad += _times(tl.load(row_ptr + COST, mask=in_out, other=0.0), phi_derivative(a, on_label, QUANTITY), in_out)
-    grad_excess = tl.load(grad_excess_ptr + sample * capacity + out - 1, mask=in_out, other=0.0)
-    grad += _times(grad_excess, excess, in_out)
-
-    row_ptr = grad_sums_ptr + ((B + sample) * capacity + lab - 1) * GRADIENT_COLUMNS
-    grad += tl.load(row_ptr + MASS, mask=in_lab, other=0.0)
-    grad += tl.load(row_ptr + INTERSECTION, mask=inside, other=0.0)
-    slope = slope_1 if NO_TP else slope_1 - slope_0
-    grad += _times(tl.load(row_ptr + COST, mask=inside, other=0.0), slope, inside)
-
-    slope = phi_derivative(a, y, QUANTITY).to(tl.float64)
-    if ACTIVATION != NONE:
-        slope = tl.where(foreground | (y > 0), slope, 0.0)
-    return grad + tl.load(sample_ptr) * y.to(tl.float64) + tl.load(sample_ptr + 1) * slope
+    a = x if ACTIVATION == NONE else (out != 0).to(x.dtype)
+    grad = tl.zeros(x.shape, tl.float64)
+    if tl.max(out, axis=0) > 0:
+        grad += _of_outputs(a, out, lab, sample, grad_sums_ptr, grad_excess_ptr, capacity, QUANTITY, NO_TP)
+    if tl.max(lab, axis=0) > 0:
+        grad += _of_labels(a, out, lab, sample, kept, grad_sums_ptr, capacity, QUANTITY, NO_TP)
+    if (kept == 0) | (tl.load(counts_ptr + LABELS * B + sample) == 0):  # elsewhere it is 0
+        y = (lab != 0).to(x.dtype)
+        slope = phi_derivative(a, y, QUANTITY).to(tl.float64)
+        if ACTIVATION != NONE:
+            slope = tl.where((out != 0) | (lab != 0), slope, 0.0)
+        grad += tl.load(sample_ptr) * y.to(tl.float64) + tl.load(sample_ptr + 1) * slope
+    return grad
 
 
 @triton.jit
-def _of_mistakes(
-    out, lab, sample, grad_mistakes_ptr, slopes_ptr, sample_ptr, rest_sizes_ptr, touched_ptr, capacity, rest
-):
-    """Gradients of false and of missed instances at their voxels."""
-    in_out, in_lab = (out > 0) & (out <= capacity), (lab > 0) & (lab <= capacity)
-    out_row, lab_row = sample * capacity + out - 1, (tl.num_programs(1) + sample) * capacity + lab - 1
-    false = tl.load(slopes_ptr + out_row * SLOPES_COLUMNS + BY_FALSE, mask=in_out, other=0.0)
-    missed = tl.load(slopes_ptr + lab_row * SLOPES_COLUMNS + BY_FALSE, mask=in_lab, other=0.0)
-    false *= tl.load(grad_mistakes_ptr)
-    missed *= tl.load(grad_mistakes_ptr + 1)
-    in_rest = (out > capacity) & (out <= capacity + rest)
+def _of_mistakes(row_ptr, row, capacity, grad_mistake_ptr):
+    """Gradients of false or of missed instances at their voxels, by the slopes of one side of a sample."""
+    here = (row > 0) & (row <= capacity)
+    slope = tl.load(row_ptr + (row.to(tl.int64) - 1) * SLOPES_COLUMNS + BY_FALSE, mask=here, other=0.0)
+    return slope * tl.load(grad_mistake_ptr)
+
+
+@triton.jit
+def _of_rest(out, sample, sample_ptr, rest_sizes_ptr, touched_ptr, capacity, rest):
+    """Gradients of false instances beyond the tables at their voxels."""
+    here = (out > capacity) & (out <= capacity + rest)
     row = sample * rest + out - capacity - 1
-    size = tl.load(rest_sizes_ptr + row, mask=in_rest, other=1)
-    touched = tl.load(touched_ptr + row, mask=in_rest, other=1)
-    false += tl.where(touched, 0.0, tl.load(sample_ptr + BY_REST) / size.to(tl.float64))
-    return false, missed
+    size = tl.load(rest_sizes_ptr + row, mask=here, other=1)
+    touched = tl.load(touched_ptr + row, mask=here, other=1)
+    return tl.where(touched, 0.0, tl.load(sample_ptr + BY_REST) / size.to(tl.float64))
 
 
 @triton.jit
@@ -300,23 +326,26 @@ def _sum_instances_backward_kernel(
     out = tl.load(sites_ptr + index, mask=in_volume, other=0)
     lab = tl.load(sites_ptr + B.to(tl.int64) * V + index, mask=in_volume, other=0)
     p = probability(x, ACTIVATION)
-    here = (out != 0) | (lab != 0)
     sample_ptr = grad_sample_sums_ptr + sample * WHOLE_GRADIENT_COLUMNS
     # Where something is broken the loads are NaN, and so is the gradient everywhere.
     grad = tl.zeros((BLOCK,), tl.float64) + 0.0 * (tl.load(sample_ptr) + tl.load(sample_ptr + 1))
     false, missed = tl.zeros((BLOCK,), tl.float64), tl.zeros((BLOCK,), tl.float64)
     # A soft output is everywhere; most blocks of a hard one are background.
-    if (ACTIVATION == NONE) | (tl.max(here.to(tl.int32), axis=0) > 0):
+    if (ACTIVATION == NONE) | (tl.max(tl.abs(out | lab), axis=0) > 0):
         grad += _of_instances(
             x, out, lab, sample, grad_sums_ptr, grad_excess_ptr, sample_ptr, counts_ptr, capacity,
             QUANTITY, NO_TP, ACTIVATION,
         )  # fmt: skip
+        if MISTAKES == OF_LOGARITHM:
+            row_ptr = slopes_ptr + sample * capacity * SLOPES_COLUMNS
+            false += _of_mistakes(row_ptr, out, capacity, grad_mistakes_ptr)
+            row_ptr += B.to(tl.int64) * capacity * SLOPES_COLUMNS
+            missed += _of_mistakes(row_ptr, lab, capacity, grad_mistakes_ptr + 1)
         if MISTAKES != NO_GRADIENT:
-            false, missed = _of_mistakes(
-                out, lab, sample, grad_mistakes_ptr, slopes_ptr, sample_ptr, rest_sizes_ptr, touched_ptr, capacity, rest
-            )
+            if tl.max(out, axis=0) > capacity:
+                false += _of_rest(out, sample, sample_ptr, rest_sizes_ptr, touched_ptr, capacity, rest)
     if MISTAKES == OF_MEAN:
-        grad += false + missed
+        grad += false
     if PIXEL != NOT_FUSED:
         labels = tl.load(labels_ptr + index, mask=in_volume, other=0)
         u, w = seen_by_pixel(x, p, out != 0, lab != 0, labels, PIXEL)
@@ -324,7 +353,7 @@ def _sum_instances_backward_kernel(
         by_u = tl.load(row_ptr) * w.to(tl.float64)
         by_u += tl.load(row_ptr + 1) * phi_derivative(u, w, PIXEL_QUANTITY).to(tl.float64)
         if PIXEL == HARD:
-            by_u = tl.where(here, by_u, 0.0)
+            by_u = tl.where((out | lab) != 0, by_u, 0.0)
         if PIXEL != RAW:
             grad += by_u
     if ACTIVATION != NONE:
@@ -378,12 +407,12 @@ def launch_sum_instances_backward(
     grad_mistakes: Tensor,
     slopes: Tensor,
     grad_sums: Tensor,
+    grad_excess: Tensor,
     grad_sample_sums: Tensor,
     grad_pixel_sums: Tensor,
     x: Tensor,
     labels: Tensor,
     sites: list[Tensor],
-    pairs: Tensor,
     touched: Tensor,
     counts: Tensor,
     activation: int,
@@ -398,7 +427,6 @@ def launch_sum_instances_backward(
     batch, capacity, num_voxels = len(x), grad_sums.shape[1], math.prod(x.shape[1:])
     if batch * num_voxels == 0:
         return grad_x
-    grad_excess = sum_neighbours_backward(pairs, grad_sums, counts)
     block = block_size(num_voxels, GRADIENT_BLOCK)
     launch(_sum_instances_backward_kernel, (cut(num_voxels, block), batch),
         grad_mistakes, slopes, grad_sums, grad_excess, grad_sample_sums, grad_pixel_sums, x, labels, *sites,

@@ -11,7 +11,9 @@ phi(0, 1). A side of a sample without rows has the value of the whole sample in 
        dv_l = g.instance_label w_l + g.proximity s D_l,    dv_o = g.instance_output w_o - g.proximity s D_o,
        s = 2 / B (sum D_l v_l - sum D_o v_o),
 
-   and from there by the slopes to MASS, INTERSECTION and COST of each row.
+   and from there by the slopes to MASS, INTERSECTION and COST of each row, and to the excess of an output, which is
+   the sum of the gradients of COST over the labels that it touches (pairs.py). MASS also has the gradient of a false or
+   missed instance, if that is the one of a mean.
 
 Deterministic: sums of a sample are added in a fixed order. All is float64. Bytes a voxel: none; 200 for each
 instance, 100 in the backward.
@@ -27,9 +29,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import ops
-from .blocks import block_size, cut, table_programs
+from .blocks import block_size, table_programs
 from .criteria import center_criterion, criterion, share, weight
 from .launches import launch
+from .pairs import NEIGHBOURS_BLOCK, NEIGHBOURS_WARPS, touching
 
 GEOMETRY_COLUMNS: tl.constexpr = tl.constexpr(ops.GEOMETRY_COLUMNS)
 SIZE: tl.constexpr = tl.constexpr(ops.SIZE)
@@ -45,6 +48,7 @@ GRADIENT_COLUMNS: tl.constexpr = tl.constexpr(ops.GRADIENT_COLUMNS)
 SAMPLE_GRADIENT_COLUMNS: tl.constexpr = tl.constexpr(ops.SAMPLE_GRADIENT_COLUMNS)
 WHOLE_GRADIENT_COLUMNS: tl.constexpr = tl.constexpr(ops.WHOLE_GRADIENT_COLUMNS)
 BY_REST: tl.constexpr = tl.constexpr(ops.BY_REST)
+OF_MEAN: tl.constexpr = tl.constexpr(ops.OF_MEAN)
 
 OUTPUTS: tl.constexpr = tl.constexpr(ops.OUTPUTS)
 KEPT: tl.constexpr = tl.constexpr(ops.KEPT)
@@ -295,6 +299,43 @@ def _gradient_of(grad_terms_ptr, grad_total_ptr, weight, TERM: tl.constexpr):
     return gradient
 
 
+@triton.jit
+def _spread_over_rows(
+    slopes_ptr,
+    grad_sums_ptr,
+    start,
+    rows,
+    by_center,
+    by_mistake,
+    by_value,
+    by_near,
+    MASSES: tl.constexpr,
+    VALUES: tl.constexpr,
+    MISTAKES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Gradients of the sums of one side of a sample, whose rows begin at `start` in the tables."""
+    for first in range(tl.program_id(0) * BLOCK, rows, tl.num_programs(0) * BLOCK):
+        row = first + tl.arange(0, BLOCK)
+        here = row < rows
+        row_ptr = slopes_ptr + (start + row) * SLOPES_COLUMNS
+        mass = tl.zeros((BLOCK,), tl.float64)
+        intersection = tl.zeros((BLOCK,), tl.float64)
+        cost = tl.zeros((BLOCK,), tl.float64)
+        if MASSES:
+            mass = by_center * tl.load(row_ptr + BY_CENTER, mask=here, other=0.0)
+        if MISTAKES == OF_MEAN:
+            mass += by_mistake * tl.load(row_ptr + BY_FALSE, mask=here, other=0.0)
+        if VALUES:
+            value = by_value + by_near * tl.load(row_ptr + DISTANCE, mask=here, other=0.0)
+            intersection = value * tl.load(row_ptr + BY_INTERSECTION, mask=here, other=0.0)
+            cost = value * tl.load(row_ptr + BY_PREDICTION, mask=here, other=0.0)
+        row_ptr = grad_sums_ptr + (start + row) * GRADIENT_COLUMNS
+        tl.store(row_ptr + MASS, mass, mask=here)
+        tl.store(row_ptr + INTERSECTION, intersection, mask=here)
+        tl.store(row_ptr + COST, cost, mask=here)
+
+
 @triton.jit(do_not_specialize=WEIGHTS)
 def _terms_backward_kernel(
     weight_0: tl.int64,  # as above
@@ -309,74 +350,74 @@ def _terms_backward_kernel(
     slopes_ptr,  # (2 B, capacity, 5) float64
     sample_slopes_ptr,  # (B, 8) float64
     counts_ptr,  # (3, B) int32
+    pairs_ptr,  # (B, slots) int64
+    grad_mistakes_ptr,  # (2,) float64: of false and of missed instances
     grad_sums_ptr,  # (2 B, capacity, 3) float64
+    grad_excess_ptr,  # (B, capacity) float64
     grad_sample_sums_ptr,  # (B, 3) float64
     grad_pixel_sums_ptr,  # (B, 2) float64
-    grad_mistakes_ptr,  # (2,) float64: of false and of missed instances
+    slots,
     capacity,
     MASSES: tl.constexpr,
     VALUES: tl.constexpr,
+    MISTAKES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     sample = tl.program_id(1).to(tl.int64)
     B = tl.num_programs(1)
     sample_slopes_ptr += sample * SAMPLE_SLOPES_COLUMNS
-    by_center = _gradient_of(grad_terms_ptr, grad_total_ptr, weight_3, CENTER)
-    by_distance = _gradient_of(grad_terms_ptr, grad_total_ptr, weight_6, PROXIMITY) * tl.load(
-        sample_slopes_ptr + BY_DISTANCE
-    )
-    by_whole = by_distance * 0.0
-    for side in tl.static_range(2):
-        if side == 0:
-            count, used = tl.load(counts_ptr + OUTPUTS * B + sample), tl.load(counts_ptr + KEPT * B + sample)
-            by_value = _gradient_of(grad_terms_ptr, grad_total_ptr, weight_2, INSTANCE_OUTPUT)
-            by_value *= tl.load(sample_slopes_ptr + BY_OUTPUT)
-            by_near = -by_distance
-        else:
-            count = tl.load(counts_ptr + LABELS * B + sample)
-            used = count
-            by_value = _gradient_of(grad_terms_ptr, grad_total_ptr, weight_1, INSTANCE_LABEL)
-            by_value *= tl.load(sample_slopes_ptr + BY_LABEL)
-            by_near = by_distance
-        start = (side * B + sample) * capacity
-        if used == 0:  # row 0 is the whole sample
-            by_whole += by_value + by_near * tl.load(slopes_ptr + start * SLOPES_COLUMNS + DISTANCE)
-        rows = tl.minimum(count, capacity)
-        for first in range(tl.program_id(0) * BLOCK, rows, tl.num_programs(0) * BLOCK):
-            row = first + tl.arange(0, BLOCK)
-            here = row < rows
-            row_ptr = slopes_ptr + (start + row) * SLOPES_COLUMNS
-            mass = tl.zeros((BLOCK,), tl.float64)
-            intersection = tl.zeros((BLOCK,), tl.float64)
-            cost = tl.zeros((BLOCK,), tl.float64)
-            if MASSES:
-                mass = by_center * tl.load(row_ptr + BY_CENTER, mask=here, other=0.0)
-            if VALUES:
-                value = by_value + by_near * tl.load(row_ptr + DISTANCE, mask=here, other=0.0)
-                intersection = value * tl.load(row_ptr + BY_INTERSECTION, mask=here, other=0.0)
-                cost = value * tl.load(row_ptr + BY_PREDICTION, mask=here, other=0.0)
-            row_ptr = grad_sums_ptr + (start + row) * GRADIENT_COLUMNS
-            tl.store(row_ptr + MASS, mass, mask=here)
-            tl.store(row_ptr + INTERSECTION, intersection, mask=here)
-            tl.store(row_ptr + COST, cost, mask=here)
-    if tl.program_id(0) == 0:
-        row_ptr = grad_sample_sums_ptr + sample * WHOLE_GRADIENT_COLUMNS
-        if not VALUES:
-            by_whole = by_distance * 0.0
+    outputs, kept = tl.load(counts_ptr + OUTPUTS * B + sample), tl.load(counts_ptr + KEPT * B + sample)
+    labels = tl.load(counts_ptr + LABELS * B + sample)
+    if tl.program_id(0) < tl.maximum(tl.maximum(outputs, labels), 1):  # most programs have no row
+        by_center = _gradient_of(grad_terms_ptr, grad_total_ptr, weight_3, CENTER)
         by_false = _gradient_of(grad_terms_ptr, grad_total_ptr, weight_4, FALSE_INSTANCES)
         by_missed = _gradient_of(grad_terms_ptr, grad_total_ptr, weight_5, MISSED_INSTANCES)
-        tl.store(grad_mistakes_ptr, by_false)  # the same of every sample
-        tl.store(grad_mistakes_ptr + 1, by_missed)
-        by_mistake = by_distance * 0.0
-        if MASSES:
-            by_mistake = by_false * tl.load(sample_slopes_ptr + BY_MISTAKE)
-        tl.store(row_ptr + BY_REST, by_mistake)
-        tl.store(row_ptr, by_whole * tl.load(sample_slopes_ptr + WHOLE_BY_INTERSECTION))
-        tl.store(row_ptr + 1, by_whole * tl.load(sample_slopes_ptr + WHOLE_BY_PREDICTION))
-        row_ptr = grad_pixel_sums_ptr + sample * SAMPLE_GRADIENT_COLUMNS
-        by_pixel = _gradient_of(grad_terms_ptr, grad_total_ptr, weight_0, PIXEL)
-        tl.store(row_ptr, by_pixel * tl.load(sample_slopes_ptr + PIXEL_BY_INTERSECTION))
-        tl.store(row_ptr + 1, by_pixel * tl.load(sample_slopes_ptr + PIXEL_BY_PREDICTION))
+        by_output = _gradient_of(grad_terms_ptr, grad_total_ptr, weight_2, INSTANCE_OUTPUT)
+        by_output *= tl.load(sample_slopes_ptr + BY_OUTPUT)
+        by_label = _gradient_of(grad_terms_ptr, grad_total_ptr, weight_1, INSTANCE_LABEL)
+        by_label *= tl.load(sample_slopes_ptr + BY_LABEL)
+        by_distance = _gradient_of(grad_terms_ptr, grad_total_ptr, weight_6, PROXIMITY)
+        by_distance *= tl.load(sample_slopes_ptr + BY_DISTANCE)
+        out, lab = sample * capacity, (B + sample) * capacity  # first rows
+        outputs, labels = tl.minimum(outputs, capacity), tl.minimum(labels, capacity)
+        _spread_over_rows(
+            slopes_ptr, grad_sums_ptr, out, outputs, by_center, by_false, by_output, -by_distance,
+            MASSES, VALUES, MISTAKES, BLOCK,
+        )  # fmt: skip
+        _spread_over_rows(
+            slopes_ptr, grad_sums_ptr, lab, labels, by_center, by_missed, by_label, by_distance,
+            MASSES, VALUES, MISTAKES, BLOCK,
+        )  # fmt: skip
+        for row in range(tl.program_id(0), outputs, tl.num_programs(0)):
+            brought = tl.zeros((BLOCK,), tl.float64)
+            if VALUES:
+                for first in range(0, tl.where(row < kept, labels, 0), BLOCK):
+                    other = first + tl.arange(0, BLOCK)
+                    here = touching(pairs_ptr + sample * slots, row + other * 0, other, other < labels, slots)
+                    row_ptr = slopes_ptr + (lab + other) * SLOPES_COLUMNS
+                    value = by_label + by_distance * tl.load(row_ptr + DISTANCE, mask=here, other=0.0)
+                    brought += value * tl.load(row_ptr + BY_PREDICTION, mask=here, other=0.0)
+            tl.store(grad_excess_ptr + out + row, tl.sum(brought, axis=0))
+
+        if tl.program_id(0) == 0:
+            tl.store(grad_mistakes_ptr, by_false)  # the same of every sample
+            tl.store(grad_mistakes_ptr + 1, by_missed)
+            by_whole, by_rest = by_distance * 0.0, by_distance * 0.0
+            if VALUES:
+                if kept == 0:  # row 0 is the whole sample
+                    by_whole += by_output - by_distance * tl.load(slopes_ptr + out * SLOPES_COLUMNS + DISTANCE)
+                if labels == 0:
+                    by_whole += by_label + by_distance * tl.load(slopes_ptr + lab * SLOPES_COLUMNS + DISTANCE)
+            if MASSES:
+                by_rest = by_false * tl.load(sample_slopes_ptr + BY_MISTAKE)
+            row_ptr = grad_sample_sums_ptr + sample * WHOLE_GRADIENT_COLUMNS
+            tl.store(row_ptr + BY_REST, by_rest)
+            tl.store(row_ptr, by_whole * tl.load(sample_slopes_ptr + WHOLE_BY_INTERSECTION))
+            tl.store(row_ptr + 1, by_whole * tl.load(sample_slopes_ptr + WHOLE_BY_PREDICTION))
+            row_ptr = grad_pixel_sums_ptr + sample * SAMPLE_GRADIENT_COLUMNS
+            by_pixel = _gradient_of(grad_terms_ptr, grad_total_ptr, weight_0, PIXEL)
+            tl.store(row_ptr, by_pixel * tl.load(sample_slopes_ptr + PIXEL_BY_INTERSECTION))
+            tl.store(row_ptr + 1, by_pixel * tl.load(sample_slopes_ptr + PIXEL_BY_PREDICTION))
 
 
 @functools.cache
@@ -450,32 +491,26 @@ def add_up(
 
 
 def launch_terms_backward(
-    grad_terms: Tensor, slopes: Tensor, sample_slopes: Tensor, counts: Tensor, masses: bool, values: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the sums of instances and of samples, and of the sums of the pixel term."""
-    _, *grads = spread(grad_terms, None, (), slopes, sample_slopes, counts, masses, values)
-    return grads[0], grads[1], grads[2]
-
-
-def spread(
     grad_terms: Tensor | None,
     grad_total: Tensor | None,
     weights: tuple[float, ...],
     slopes: Tensor,
     sample_slopes: Tensor,
     counts: Tensor,
+    pairs: Tensor,
     masses: bool,
     values: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of false and missed instances, of the sums of instances and of samples, and of the pixel term's."""
-    (_, capacity, _), batch = slopes.shape, len(sample_slopes)
+    mistakes: int,
+) -> tuple[Tensor, ...]:
+    """Gradients of false and missed instances, of sums and excess of instances, of samples, and of the pixel term."""
+    (_, capacity, _), (batch, slots) = slopes.shape, pairs.shape
     columns = ops.WHOLE_GRADIENT_COLUMNS, ops.SAMPLE_GRADIENT_COLUMNS
-    sizes = (2,), (2 * batch, capacity, ops.GRADIENT_COLUMNS), *((batch, number) for number in columns)
-    mistakes, *grads = (torch.empty(size, dtype=torch.float64, device=slopes.device) for size in sizes)
+    sizes = (2,), (2 * batch, capacity, ops.GRADIENT_COLUMNS), (batch, capacity), *((batch, n) for n in columns)
+    grads = tuple(torch.empty(size, dtype=torch.float64, device=slopes.device) for size in sizes)
     if batch > 0:
-        block = block_size(capacity, ROWS_BLOCK)
-        launch(_terms_backward_kernel, (table_programs(cut(capacity, block)), batch),
-            grad_terms, grad_total, slopes, sample_slopes, counts, *grads, mistakes, capacity, masses, values, block,
-            values=bits_of(weights),
+        launch(_terms_backward_kernel, (table_programs(capacity), batch),
+            grad_terms, grad_total, slopes, sample_slopes, counts, pairs, *grads, slots, capacity,
+            masses, values, mistakes, block_size(capacity, NEIGHBOURS_BLOCK),
+            values=bits_of(weights), num_warps=NEIGHBOURS_WARPS,
         )  # fmt: skip
-    return mistakes, grads[0], grads[1], grads[2]
+    return grads
