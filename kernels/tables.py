@@ -9,8 +9,8 @@ At a voxel: a the activated output, y its label, o and l the rows of its output 
 
 with e = phi(a s, 0) [y = 0], s = a held constant, c = phi(a, 1); without no_tp e = phi(a, 0), c = phi(a, 1) - phi(a,
 0). All voxels of a block with the same pair (o, l) go the same way, so the block adds up by pairs: while lanes
-remain, take the largest pair, reduce a, phi(a, 0), phi(a, 1) and e over its lanes, send scalar atomics to both rows,
-drop those lanes. If the pair touches, it is noted (pairs.py), and a second kernel adds what rows that touch bring each
+remain, take the largest pair, reduce a, phi(a, 0), phi(a, 1) and e over its lanes (for a hard output count them, as all
+are alike), send scalar atomics to both rows, drop those lanes. If the pair touches, it is noted (pairs.py), and a second kernel adds what rows that touch bring each
 other. Before both, one kernel clears the rows that are used, and the pairs. Outputs beyond the tables, the rest, leave
 but a flag each: whether they touch a label.
 
@@ -73,6 +73,8 @@ HARD: tl.constexpr = tl.constexpr(ops.HARD)
 NO_GRADIENT: tl.constexpr = tl.constexpr(ops.NO_GRADIENT)
 OF_MEAN: tl.constexpr = tl.constexpr(ops.OF_MEAN)
 OF_LOGARITHM: tl.constexpr = tl.constexpr(ops.OF_LOGARITHM)
+# Less than any site.
+NO_LANE: tl.constexpr = tl.constexpr(-2)
 # For one warp (pairs.py), which reduces without barriers. A soft output or a cross entropy has several numbers a voxel
 # to keep instead of one; in a block of 256, some would not fit the registers.
 SUMS_BLOCK, LONG_SUMS_BLOCK = 256, 128
@@ -122,6 +124,25 @@ def _clear_kernel(
 
 
 @triton.jit
+def _add_up(a, y, here, QUANTITY: tl.constexpr, NO_TP: tl.constexpr):
+    """Sums of a, phi(a, 0), phi(a, 1) and of the excess over the lanes `here`."""
+    nothing = tl.zeros_like(a)
+    phi_0 = phi(a, nothing, QUANTITY)
+    excess = tl.where(y > 0, 0.0, phi(a * a, nothing, QUANTITY)) if NO_TP else phi_0
+    of_phi_1 = sum_where(phi(a, nothing + 1, QUANTITY), here)
+    return sum_where(a, here), sum_where(phi_0, here), of_phi_1, sum_where(excess, here)
+
+
+@triton.jit
+def _times_count(a, y, count, QUANTITY: tl.constexpr, NO_TP: tl.constexpr):
+    """The same of a hard output, which is alike on all lanes: a block of one, times how many they are."""
+    one = tl.arange(0, 1) == 0
+    a, y = (one & a).to(tl.float32), (one & y).to(tl.float32)
+    mass, cost_0, cost_1, excess = _add_up(a, y, one, QUANTITY, NO_TP)
+    return mass * count, cost_0 * count, cost_1 * count, excess * count
+
+
+@triton.jit
 def _sum_instances_kernel(
     x_ptr,  # (B, V) float32 or float64
     sites_ptr,  # (2 B, V) int32
@@ -152,50 +173,50 @@ def _sum_instances_kernel(
         in_volume = voxel < V
         out_site = tl.load(sites_ptr + index, mask=in_volume, other=0)
         lab_site = tl.load(sites_ptr + B.to(tl.int64) * V + index, mask=in_volume, other=0)
-        y = (lab_site != 0).to(tl.float32)
-        a = (out_site != 0).to(tl.float32)
-        if ACTIVATION == NONE:
-            a = tl.load(x_ptr + index, mask=in_volume, other=0)
-            y = y.to(a.dtype)
-        key = (tl.maximum(out_site, 0).to(tl.int64) << 32) | tl.maximum(lab_site, 0)
-
+        a = (out_site != 0).to(tl.float32) if ACTIVATION != NONE else tl.load(x_ptr + index, mask=in_volume, other=0)
+        y = (lab_site != 0).to(a.dtype)
         if alone:  # elsewhere nobody asks for the sums of the sample
             part_ptr = parts_ptr + (sample * blocks + block) * SAMPLE_COLUMNS
             tl.store(part_ptr, sum_where(a * y, in_volume))
             tl.store(part_ptr + 1, sum_where(phi(a, y, QUANTITY), in_volume))
             tl.store(part_ptr + 2, sum_where(y, in_volume))
-        if tl.max(key, axis=0) > 0:  # most blocks are background
-            phi_0 = phi(a, tl.zeros_like(a), QUANTITY)
-            phi_1 = phi(a, tl.zeros_like(a) + 1, QUANTITY)
-            excess = tl.where(y > 0, 0.0, phi(a * a, tl.zeros_like(a), QUANTITY)) if NO_TP else phi_0
-            while tl.max(key, axis=0) > 0:
-                largest = tl.max(key, axis=0)
-                here = key == largest
-                out, lab = largest >> 32, largest & 0xFFFFFFFF
-                inside = (out > 0) & (out <= kept)
-                count = tl.sum(here.to(tl.int32), axis=0).to(tl.float64)
-                mass, cost_0, cost_1 = sum_where(a, here), sum_where(phi_0, here), sum_where(phi_1, here)
-                if (out > 0) & (out <= capacity):
-                    row_ptr = sums_ptr + (sample * capacity + out - 1) * COLUMNS
-                    tl.atomic_add(row_ptr + MASS, mass, sem="relaxed")
-                    tl.atomic_add(row_ptr + COST, tl.where(lab > 0, cost_1, cost_0), sem="relaxed")
-                    tl.atomic_add(excess_ptr + sample * capacity + out - 1, sum_where(excess, here), sem="relaxed")
-                    if lab > 0:
-                        tl.atomic_add(row_ptr + INTERSECTION, mass, sem="relaxed")
-                        tl.atomic_add(row_ptr + OVERLAP, count, sem="relaxed")
-                elif (out > capacity) & (out <= capacity + rest) & (lab > 0):
-                    tl.store(touched_ptr + sample * rest + out - capacity - 1, True)
-                if (lab > 0) & (lab <= capacity):
-                    row_ptr = sums_ptr + ((B + sample) * capacity + lab - 1) * COLUMNS
-                    tl.atomic_add(row_ptr + MASS, mass, sem="relaxed")
-                    if out > 0:
-                        tl.atomic_add(row_ptr + TOUCHED, count, sem="relaxed")
-                    if inside:
-                        tl.atomic_add(row_ptr + INTERSECTION, mass, sem="relaxed")
-                        tl.atomic_add(row_ptr + COST, cost_1 if NO_TP else cost_1 - cost_0, sem="relaxed")
-                        tl.atomic_add(row_ptr + OVERLAP, count, sem="relaxed")
-                        insert_pair(pairs_ptr + sample * pair_capacity, out, lab, pair_capacity, THREADS)
-                key = tl.where(here, 0, key)
+
+        in_any = (out_site > 0) | (lab_site > 0)
+        left = tl.where(in_any, out_site, NO_LANE)
+        out = tl.max(left, axis=0)
+        while out > NO_LANE:  # most blocks are background
+            lab = tl.max(tl.where(left == out, lab_site, NO_LANE), axis=0)
+            here = (left == out) & (lab_site == lab)
+            count = tl.sum(here.to(tl.int32), axis=0)
+            if ACTIVATION == NONE:
+                mass, cost_0, cost_1, excess = _add_up(a, y, here, QUANTITY, NO_TP)
+            else:
+                mass, cost_0, cost_1, excess = _times_count(out != 0, lab != 0, count, QUANTITY, NO_TP)
+            size = count.to(tl.float64)
+            inside = (out > 0) & (out <= kept)
+            if (out > 0) & (out <= capacity):
+                row_ptr = sums_ptr + (sample * capacity + out - 1) * COLUMNS
+                tl.atomic_add(row_ptr + MASS, mass, sem="relaxed")
+                tl.atomic_add(row_ptr + COST, tl.where(lab > 0, cost_1, cost_0), sem="relaxed")
+                tl.atomic_add(excess_ptr + sample * capacity + out - 1, excess, sem="relaxed")
+                if lab > 0:
+                    tl.atomic_add(row_ptr + INTERSECTION, mass, sem="relaxed")
+                    tl.atomic_add(row_ptr + OVERLAP, size, sem="relaxed")
+            elif (out > capacity) & (out <= capacity + rest) & (lab > 0):
+                tl.store(touched_ptr + sample * rest + out - capacity - 1, True)
+            if (lab > 0) & (lab <= capacity):
+                row_ptr = sums_ptr + ((B + sample) * capacity + lab - 1) * COLUMNS
+                tl.atomic_add(row_ptr + MASS, mass, sem="relaxed")
+                if out > 0:
+                    tl.atomic_add(row_ptr + TOUCHED, size, sem="relaxed")
+                if inside:
+                    tl.atomic_add(row_ptr + INTERSECTION, mass, sem="relaxed")
+                    tl.atomic_add(row_ptr + COST, cost_1 if NO_TP else cost_1 - cost_0, sem="relaxed")
+                    tl.atomic_add(row_ptr + OVERLAP, size, sem="relaxed")
+                    slots_ptr = pairs_ptr + sample * pair_capacity
+                    insert_pair(slots_ptr, out.to(tl.int64), lab.to(tl.int64), pair_capacity, THREADS)
+            left = tl.where(here, NO_LANE, left)
+            out = tl.max(left, axis=0)
 
 
 @triton.jit
