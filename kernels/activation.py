@@ -48,7 +48,7 @@ RAW: tl.constexpr = tl.constexpr(ops.RAW)
 PROBABILITY: tl.constexpr = tl.constexpr(ops.PROBABILITY)
 COLUMNS: tl.constexpr = tl.constexpr(ops.SAMPLE_COLUMNS)
 # Tiles of one cell a thread that a program of one warp goes over: few parts to add, without a barrier.
-ACTIVATE_TILES = 4
+ACTIVATE_TILES = 2
 
 
 @triton.jit
@@ -120,13 +120,19 @@ def _activate_kernel(
     TILES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    label_type: tl.constexpr = labels_ptr.dtype.element_ty
+    # (the least and largest of narrow integers are sought among wider ones)
+    COMPARED: tl.constexpr = tl.int32 if label_type.primitive_bitwidth < 32 else label_type
     sample, B = tl.program_id(1).to(tl.int64), tl.num_programs(1)
     x_ptr += sample * D * H * W
     labels_ptr += sample * D * H * W
     of_both = tl.zeros((BLOCK, 2), tl.float64)
     of_u = tl.zeros((BLOCK, 2), tl.float64)
     of_w = tl.zeros((BLOCK, 2), tl.float64)
-    healthy = tl.full((BLOCK, 2), 1, tl.int1)
+    # NaN once any x is not finite; and the least and largest label, or NaN
+    not_finite = tl.zeros((BLOCK, 2), x_ptr.dtype.element_ty)
+    least = tl.zeros((BLOCK, 2), COMPARED)
+    most = tl.zeros((BLOCK, 2), COMPARED)
     for tile in range(TILES):
         cell = (tl.program_id(0) * TILES + tile) * BLOCK + tl.arange(0, BLOCK)
         cell_z, cell_y, cell_x = cell_coordinates(cell, H, W)
@@ -137,7 +143,9 @@ def _activate_kernel(
             labels = tl.load(labels_ptr + voxel, mask=inside, other=0)
             p = probability(x, ACTIVATION)
             foreground, y = is_foreground(x, p, ACTIVATION, THRESHOLD), is_label(labels)
-            healthy = healthy & (tl.abs(x) < float("inf")) & is_mask_like(labels)
+            not_finite += 0 * x
+            least = tl.minimum(least, labels.to(COMPARED), propagate_nan=tl.PropagateNan.ALL)
+            most = tl.maximum(most, labels.to(COMPARED), propagate_nan=tl.PropagateNan.ALL)
             if PIXEL != NOT_FUSED:
                 u, w = seen_by_pixel(x, p, foreground, y, labels, PIXEL)
                 u = tl.where(inside, u, 0.0)  # where both are 0, so is all that is added
@@ -159,9 +167,13 @@ def _activate_kernel(
                 )  # fmt: skip
 
     parts_ptr += (sample * tl.num_programs(0) + tl.program_id(0)) * (COLUMNS + 1)
-    tl.store(parts_ptr, _sum_of(of_both))
+    both, true = tl.zeros([], tl.float64), tl.zeros([], tl.float64)
+    if PIXEL != PROBABILITY or tl.max(tl.max(of_w, axis=1), axis=0) > 0:  # most of y is background
+        both, true = _sum_of(of_both), _sum_of(of_w)
+    tl.store(parts_ptr, both)
     tl.store(parts_ptr + 1, _sum_of(of_u))
-    tl.store(parts_ptr + 2, _sum_of(of_w))
+    tl.store(parts_ptr + 2, true)
+    healthy = (not_finite == 0) & is_mask_like(least) & is_mask_like(most)
     broken = tl.max(tl.max((~healthy).to(tl.int32), axis=1), axis=0)
     tl.store(parts_ptr + COLUMNS, tl.where(broken > 0, float("nan"), 0.0))
 

@@ -106,13 +106,16 @@ def begin_cells(
 ):
     """Write the bytes of cells, and the first parents: of a cell's node the largest of its run, 0 of other voxels."""
     tl.store(cells_ptr + cell, occupancy.to(tl.uint8), mask=cell < N)
-    node, parent = tl.zeros((BLOCK,), tl.int32), tl.zeros((BLOCK,), tl.int32)
     if tl.max(occupancy, axis=0) > 0:
         node = tl.where(occupancy != 0, node_of(occupancy, z, y, x, H, W), 0)
         parent = _largest_of_runs(occupancy, node, x, BLOCK)
-    for row in tl.static_range(ROWS):
-        voxel, inside = row_of(z, y, x, cell < N, D, H, W, row, EVEN)
-        tl.store(parents_ptr + voxel, tl.where(voxel + 1 == node[:, None], parent[:, None], 0), mask=inside)
+        for row in tl.static_range(ROWS):
+            voxel, inside = row_of(z, y, x, cell < N, D, H, W, row, EVEN)
+            tl.store(parents_ptr + voxel, tl.where(voxel + 1 == node[:, None], parent[:, None], 0), mask=inside)
+    else:  # most cells are background
+        for row in tl.static_range(ROWS):
+            voxel, inside = row_of(z, y, x, cell < N, D, H, W, row, EVEN)
+            tl.store(parents_ptr + voxel, tl.zeros_like(voxel), mask=inside)
 
 
 class Cells(NamedTuple):
