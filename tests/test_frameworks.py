@@ -158,6 +158,9 @@ def operator_arguments(device, backend):
     evaluate = (x, sites, counts, geometry, pixel_sums, health, None, None, *how, 128, False, 3.0, True)
     evaluate += (criteria, weights, 1, ops.BY_MEAN, True)
     terms, total, kept = ops.evaluate(*evaluate)
+    regions = (x, labels, maps[3], counts[ops.LABELS])
+    region_loss = (*regions, None, ops.SIGMOID, ops.BLOB, [1.0, 1.0, 1e-5, 0.0], 1, rows[0])
+    value, *slopes = ops.region_loss(*region_loss)
     backward = (terms, total, x, labels, sites, counts, kept, weights, *how, ops.PROBABILITY, 0, True, True)
     return {
         "find": find,
@@ -169,6 +172,9 @@ def operator_arguments(device, backend):
         "evaluate": evaluate,
         "evaluate_backward": (*backward, ops.OF_LOGARITHM, False),
         "center_volumes": (geometry, counts, [5, 6, 7], [1, 2, 3]),
+        "cells": (maps[3], [1.0, 1.0, 2.0]),
+        "region_loss": region_loss,
+        "region_loss_backward": (value, *regions[:3], *slopes, ops.SIGMOID, ops.BLOB),
     }
 
 
@@ -183,7 +189,7 @@ def test_opcheck(backend, name):
     arguments = operator_arguments(backend, used)[name]
     torch.library.opcheck(getattr(ops, name), arguments, test_utils=("test_schema", "test_faketensor"))
     # Kernels leave rows that are not used as they are, and a whole opcheck compares all that is returned.
-    with_tables = ops._ROOMS[name] in ("centers", "evaluate") or "find" in name or "number" in name
+    with_tables = ops._ROOMS[name] in ("centers", "evaluate", "regions") or "find" in name or "number" in name
     with_tables = with_tables or name == "sum_instances"
     if backend.type == "cpu" and (used == "cpu" or not with_tables):
         torch.library.opcheck(getattr(ops, name), arguments)

@@ -17,8 +17,12 @@ ROOT = Path(__file__).parents[1]
 # Imports point down this list.
 ORDER = [
     "nnunet",
+    "combined",
+    "ici_losses",
     "losses",
+    "component_losses",
     "functional",
+    "regions",
     "metrics",
     "slow",
     "terms",
@@ -28,6 +32,7 @@ ORDER = [
     "activation",
     "cpu",
     "ops",
+    "dispatch",
     "options",
     "quantities",
     "checks",
@@ -153,10 +158,17 @@ def test_each_operator_has_both_backends_in_one_room(name):
 
 def test_public_names():
     assert set(triton_instance_loss.__all__) == {
+        "BlobLoss",
+        "CCLoss",
+        "CombinedLoss",
+        "ComponentTverskyLoss",
+        "FalseComponentLoss",
+        "ICILoss",
         "InstanceLoss",
         "InstanceCenterLoss",
         "WeightedSum",
         "connected_components",
+        "dICILoss",
     }
     assert (PACKAGE / "py.typed").exists()
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from .dispatch import BACKEND_VARIABLE as BACKEND_VARIABLE
-from .dispatch import backend, dispatch
+from .dispatch import backend as backend
+from .dispatch import dispatch
 
 # Activations: the activated output a of x; the probability p, if there is one, and z, what the gradient flows into.
 NONE = 0  # a = x; foreground where x >= threshold, or x == 1 if the threshold is 0 or less; z = x
