@@ -116,6 +116,12 @@ def _cross_entropy(x, p, y, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
+def _count(numbers):
+    """Sum of whole numbers, or how many lanes there are, in float64."""
+    return tl.sum(numbers.to(tl.int32), axis=0).to(tl.float64)
+
+
+@triton.jit
 def _add(sums_ptr, mass, truth, true_mass, squares, cost, size, KIND: tl.constexpr, ENTROPY: tl.constexpr):
     """Add to a row what its kind of loss looks at."""
     tl.atomic_add(sums_ptr + MASS, mass, sem="relaxed")
@@ -144,7 +150,7 @@ def _sum_regions_kernel(
     sample = tl.program_id(1).to(tl.int64)
     sums_ptr += sample * (capacity + 1) * COLUMNS
     mass = tl.zeros((BLOCK,), tl.float64)  # of what is in no instance
-    truth = tl.zeros((BLOCK,), tl.float64)
+    truth = tl.zeros((BLOCK,), tl.int32)
     true_mass = tl.zeros((BLOCK,), tl.float64)
     squares = tl.zeros((BLOCK,), tl.float64)
     cost = tl.zeros((BLOCK,), tl.float64)
@@ -168,7 +174,7 @@ def _sum_regions_kernel(
         mass += tl.where(background, p.to(tl.float64), 0.0)
         size += background.to(tl.int32)
         if KIND == CELLS:
-            truth += (background & y).to(tl.float64)
+            truth += (background & y).to(tl.int32)
             true_mass += tl.where(background & y, p.to(tl.float64), 0.0)
             squares += tl.where(background, (p * p).to(tl.float64), 0.0)
         if ENTROPY:
@@ -177,15 +183,15 @@ def _sum_regions_kernel(
             largest = tl.max(key, axis=0)
             here = key == largest
             _add(
-                sums_ptr + largest * COLUMNS, sum_where(p, here), sum_where(y.to(tl.int32), here),
+                sums_ptr + largest * COLUMNS, sum_where(p, here), _count(here & y),
                 sum_where(p, here & y), sum_where(p * p, here), sum_where(c, here),
-                tl.sum(here.to(tl.int32), axis=0).to(tl.float64), KIND, ENTROPY,
+                _count(here), KIND, ENTROPY,
             )  # fmt: skip
             key = tl.where(here, 0, key)
     voxels = tl.sum(size, axis=0)
     if voxels > 0:
         _add(
-            sums_ptr, tl.sum(mass, axis=0), tl.sum(truth, axis=0), tl.sum(true_mass, axis=0), tl.sum(squares, axis=0),
+            sums_ptr, tl.sum(mass, axis=0), _count(truth), tl.sum(true_mass, axis=0), tl.sum(squares, axis=0),
             tl.sum(cost, axis=0), voxels.to(tl.float64), KIND, ENTROPY,
         )  # fmt: skip
 
