@@ -5,8 +5,8 @@ offset o of an axis its box covers [c - o - 1, c + o), clipped to the volume. A 
 belongs to the largest row. So a box covers the voxel v where |c - (v + 1)| <= o along every axis, and two boxes can
 share a voxel only where |c - c'| <= 2 o.
 
-Overlaps: a program takes one row of a side after the other; its lanes are the voxels of the row's box, a block of them
-at a time. It goes over the larger rows of the same side in blocks, and while any of their centres are near enough,
+Overlaps: a program takes one row of a side after the other (rows.py); its lanes are the voxels of the row's box, a
+block of them at a time. It goes over the larger rows of the same side in blocks, and while any of their centres are near enough,
 takes the largest such row, drops the voxels that its box covers, and goes on with smaller rows, until no voxel is left.
 Voxels that are left are owned. The same walk over all rows of the other side leaves those of them that are outside.
 
@@ -19,8 +19,6 @@ each side, and drops the voxels of the few boxes that it meets. With 5,000 a sid
 on average, 60 blocks: 75 million comparisons of some dozens of integer instructions, estimated (not measured) at half a
 millisecond on an H100. Volumes: 4 bytes a voxel zeroed for each map, besides which only voxels in boxes are touched.
 """
-
-import math
 
 import torch
 import triton
@@ -36,8 +34,6 @@ SIZE: tl.constexpr = tl.constexpr(ops.SIZE)
 COORDINATE_SUMS: tl.constexpr = tl.constexpr(ops.COORDINATE_SUMS.start)
 # A box of the usual offsets, up to 3, has at most 7^3 = 343 voxels: one block.
 BOX_BLOCK = 512
-# One row, and some voxels of a box, for each thread of two warps: a side rarely has more rows.
-OTHERS_BLOCK, BOX_WARPS = 64, 2
 
 
 @triton.jit
@@ -111,10 +107,14 @@ def _uncovered(
 
 
 @triton.jit
-def _overlap_boxes_kernel(
+def count_box(
     geometry_ptr,  # (2 B, capacity, 10) int64
-    used_ptr,  # (2 B,) int32
     owned_ptr,  # (2 B, capacity, 2) int64
+    side,
+    other_side,
+    row,
+    rows,
+    other_rows,
     capacity,
     D,
     H,
@@ -125,37 +125,30 @@ def _overlap_boxes_kernel(
     BLOCK: tl.constexpr,
     OTHERS: tl.constexpr,
 ):
-    sides = tl.num_programs(1)
-    side = tl.program_id(1).to(tl.int64)
-    other_side = (side + sides // 2) % sides
-    rows = tl.minimum(tl.load(used_ptr + side), capacity)
-    other_rows = tl.minimum(tl.load(used_ptr + other_side), capacity)
-    side_ptr = geometry_ptr + side * capacity * COLUMNS
-    other_side_ptr = geometry_ptr + other_side * capacity * COLUMNS
-    for row in range(tl.program_id(0), rows, tl.num_programs(0)):
-        row_ptr = geometry_ptr + (side * capacity + row) * COLUMNS
-        center_z, low_z, size_z = _box_side(row_ptr, D, offset_z, 0)
-        center_y, low_y, size_y = _box_side(row_ptr, H, offset_y, 1)
-        center_x, low_x, size_x = _box_side(row_ptr, W, offset_x, 2)
-        size = size_z * size_y * size_x
-        owned, outside = 0, 0
-        for first in range(0, size, BLOCK):
-            lane = first + tl.arange(0, BLOCK)
-            z, y, x = coordinates(lane, size_y, size_x)
-            z, y, x = low_z + z + 1, low_y + y + 1, low_x + x + 1
-            mine = _uncovered(
-                lane < size, z, y, x, side_ptr, row + 1, rows,
-                center_z, center_y, center_x, offset_z, offset_y, offset_x, OTHERS,
-            )  # fmt: skip
-            free = _uncovered(
-                mine, z, y, x, other_side_ptr, 0, other_rows,
-                center_z, center_y, center_x, offset_z, offset_y, offset_x, OTHERS,
-            )  # fmt: skip
-            owned += tl.sum(mine.to(tl.int32), axis=0)
-            outside += tl.sum(free.to(tl.int32), axis=0)
-        row_ptr = owned_ptr + (side * capacity + row) * 2
-        tl.store(row_ptr, outside)
-        tl.store(row_ptr + 1, owned - outside)
+    """Count the voxels that one row of a side owns, outside and inside the boxes of the other side."""
+    row_ptr = geometry_ptr + (side * capacity + row) * COLUMNS
+    center_z, low_z, size_z = _box_side(row_ptr, D, offset_z, 0)
+    center_y, low_y, size_y = _box_side(row_ptr, H, offset_y, 1)
+    center_x, low_x, size_x = _box_side(row_ptr, W, offset_x, 2)
+    size = size_z * size_y * size_x
+    owned, outside = 0, 0
+    for first in range(0, size, BLOCK):
+        lane = first + tl.arange(0, BLOCK)
+        z, y, x = coordinates(lane, size_y, size_x)
+        z, y, x = low_z + z + 1, low_y + y + 1, low_x + x + 1
+        mine = _uncovered(
+            lane < size, z, y, x, geometry_ptr + side * capacity * COLUMNS, row + 1, rows,
+            center_z, center_y, center_x, offset_z, offset_y, offset_x, OTHERS,
+        )  # fmt: skip
+        free = _uncovered(
+            mine, z, y, x, geometry_ptr + other_side * capacity * COLUMNS, 0, other_rows,
+            center_z, center_y, center_x, offset_z, offset_y, offset_x, OTHERS,
+        )  # fmt: skip
+        owned += tl.sum(mine.to(tl.int32), axis=0)
+        outside += tl.sum(free.to(tl.int32), axis=0)
+    row_ptr = owned_ptr + (side * capacity + row) * 2
+    tl.store(row_ptr, outside)
+    tl.store(row_ptr + 1, owned - outside)
 
 
 @triton.jit
@@ -186,29 +179,6 @@ def _paint_boxes_kernel(
             z, y, x = coordinates(lane, size_y, size_x)
             voxel = ((low_z + z) * H + low_y + y) * W + low_x + x
             tl.atomic_max(owner_ptr + voxel, row + 1, mask=lane < size, sem="relaxed")
-
-
-def launch_center_overlaps(geometry: Tensor, counts: Tensor, shape: list[int], offsets: list[int]) -> Tensor:
-    """Voxels each row owns outside [0] and inside [1] the boxes of the other side, (2 B, capacity, 2) int64."""
-    sides, capacity, _ = geometry.shape
-    owned = torch.empty((sides, capacity, 2), dtype=torch.int64, device=geometry.device)
-    num_voxels = math.prod(shape)
-    if owned.numel() > 0 and num_voxels > 0:
-        used = counts[ops.KEPT :].flatten()
-        blocks = block_size(num_voxels, BOX_BLOCK), block_size(capacity, OTHERS_BLOCK)
-        launch(
-            _overlap_boxes_kernel,
-            (table_programs(capacity), sides),
-            geometry,
-            used,
-            owned,
-            capacity,
-            *shape,
-            *offsets,
-            *blocks,
-            num_warps=BOX_WARPS,
-        )
-    return owned
 
 
 def launch_center_volumes(

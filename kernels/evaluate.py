@@ -8,9 +8,8 @@ from torch import Tensor
 
 from .. import ops
 from ..ratios import numbers
-from .centers import launch_center_overlaps
-from .proximity import launch_proximity_minima
-from .tables import launch_sum_instances, launch_sum_instances_backward
+from .rows import launch_rows
+from .tables import add_to_rows, launch_sum_instances_backward
 from .terms import add_up, launch_terms_backward
 
 
@@ -38,12 +37,12 @@ def launch_evaluate(
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Terms, their sum with weights, and what the backward wants."""
     batch, *shape = x.shape
-    sums, sample_sums, *touching = launch_sum_instances(x, sites, counts, geometry, activation, quantity, no_tp, pairs)
-    owned = distances = None
-    if offset is not None:
-        owned = launch_center_overlaps(geometry, counts, shape, ops.reach_of_boxes(shape, planar, offset))
-    if proximity:
-        distances = launch_proximity_minima(geometry, counts, shape, planar)
+    offsets = None if offset is None else ops.reach_of_boxes(shape, planar, offset)
+    cleared, owned, distances = launch_rows(
+        geometry, counts, shape, pairs, sites[1].shape[1], offsets, proximity, planar
+    )
+    sample_sums = add_to_rows(cleared, x, sites, counts, geometry, activation, quantity, no_tp)
+    sums, _, *touching = cleared
     of_criteria = numbers(tuple(criteria), shape[0] * shape[1] * shape[2], batch, classes)
     results = sums, sample_sums, pixel_sums, health, counts, geometry, owned, distances, values, totals
     terms, total, *slopes = add_up(results, of_criteria, tuple(weights), x.dtype, classes, reduction, rates)

@@ -7,27 +7,21 @@ diag the diagonal of the smallest box around both,
     DIoU = 1 - |A n B| / |A u B| + d^2 / (diag^2 + 1e-7).
 
 A side without instances is one box [q - 1, q + 1), q = dim // 2, in the middle. A program takes one row of a side
-after the other and goes over the rows of the other side in blocks, up to the counts, which only the device knows.
+after the other (rows.py) and goes over the rows of the other side in blocks, up to the counts, which only the device knows.
 DIoU is symmetric to the last bit as computed here, so one launch serves both sides.
 
 Backward: none, DIoU is a constant. Deterministic: minima. Bytes a voxel: none; 48 for each row and each row it is
 compared with.
 """
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from .. import ops
-from .blocks import block_size, table_programs
-from .launches import launch
 
 COLUMNS: tl.constexpr = tl.constexpr(ops.GEOMETRY_COLUMNS)
 LOWS: tl.constexpr = tl.constexpr(ops.LOWS.start)
 HIGHS: tl.constexpr = tl.constexpr(ops.HIGHS.start)
-# Two warps of one lane a thread: a side rarely has more instances, and the float64 arithmetic wants the registers.
-OTHERS_BLOCK, OTHERS_WARPS = 64, 2
 
 
 @triton.jit
@@ -51,10 +45,14 @@ def _compare_side(low, high, other_low, other_high):
 
 
 @triton.jit
-def _smallest_diou_kernel(
+def find_nearest(
     geometry_ptr,  # (2 B, capacity, 10) int64
-    used_ptr,  # (2 B,) int32
     minima_ptr,  # (2 B, capacity) float64
+    side,
+    other_side,
+    row,
+    rows,
+    other_rows,
     capacity,
     D,
     H,
@@ -62,53 +60,26 @@ def _smallest_diou_kernel(
     PLANAR: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    sides = tl.num_programs(1)
-    side = tl.program_id(1).to(tl.int64)
-    other_side = (side + sides // 2) % sides
+    """Find the smallest DIoU of one row of a side, row 0 where there is none, to the rows of the other side."""
     epsilon = tl.full((BLOCK,), 1e-7, tl.float64)  # a bare 1e-7 would be rounded to float32
-    count = tl.minimum(tl.load(used_ptr + side), capacity)
-    other_count = tl.minimum(tl.load(used_ptr + other_side), capacity)
-    for row in range(tl.program_id(0), tl.maximum(count, 1), tl.num_programs(0)):
-        row_ptr = geometry_ptr + (side * capacity + row) * COLUMNS
-        smallest = tl.full((BLOCK,), float("inf"), tl.float64)
-        for first in range(0, tl.maximum(other_count, 1), BLOCK):
-            other = first + tl.arange(0, BLOCK)
-            here = other < tl.maximum(other_count, 1)
-            other_ptr = geometry_ptr + (other_side * capacity + other) * COLUMNS
-            volume, other_volume, shared = 1.0, 1.0, 1.0
-            distance, around = 0.0, 0.0
-            for axis in tl.static_range(PLANAR, 3):
-                dim = D if axis == 0 else (H if axis == 1 else W)
-                low, high = _box_side(row_ptr, row < count, dim, axis)
-                other_low, other_high = _box_side(other_ptr, other < other_count, dim, axis)
-                shared_side, distance_side, around_side = _compare_side(low, high, other_low, other_high)
-                volume *= high - low
-                other_volume *= other_high - other_low
-                shared *= shared_side
-                distance += distance_side
-                around += around_side
-            diou = 1.0 - shared / (volume + other_volume - shared) + distance / (around + epsilon)
-            smallest = tl.minimum(smallest, tl.where(here, diou, float("inf")))
-        tl.store(minima_ptr + side * capacity + row, tl.min(smallest, axis=0))
-
-
-def launch_proximity_minima(geometry: Tensor, counts: Tensor, shape: list[int], planar: bool) -> Tensor:
-    """Smallest DIoU of each kept output to a label, and of each label to one; `planar` ignores the first axis."""
-    sides, capacity, _ = geometry.shape
-    minima = torch.empty((sides, capacity), dtype=torch.float64, device=geometry.device)
-    if minima.numel() > 0:
-        used = counts[ops.KEPT :].flatten()
-        block = block_size(capacity, OTHERS_BLOCK)
-        launch(
-            _smallest_diou_kernel,
-            (table_programs(capacity), sides),
-            geometry,
-            used,
-            minima,
-            capacity,
-            *shape,
-            int(planar),
-            block,
-            num_warps=OTHERS_WARPS,
-        )
-    return minima
+    row_ptr = geometry_ptr + (side * capacity + row) * COLUMNS
+    smallest = tl.full((BLOCK,), float("inf"), tl.float64)
+    for first in range(0, tl.maximum(other_rows, 1), BLOCK):
+        other = first + tl.arange(0, BLOCK)
+        here = other < tl.maximum(other_rows, 1)
+        other_ptr = geometry_ptr + (other_side * capacity + other) * COLUMNS
+        volume, other_volume, shared = 1.0, 1.0, 1.0
+        distance, around = 0.0, 0.0
+        for axis in tl.static_range(PLANAR, 3):
+            dim = D if axis == 0 else (H if axis == 1 else W)
+            low, high = _box_side(row_ptr, row < rows, dim, axis)
+            other_low, other_high = _box_side(other_ptr, other < other_rows, dim, axis)
+            shared_side, distance_side, around_side = _compare_side(low, high, other_low, other_high)
+            volume *= high - low
+            other_volume *= other_high - other_low
+            shared *= shared_side
+            distance += distance_side
+            around += around_side
+        diou = 1.0 - shared / (volume + other_volume - shared) + distance / (around + epsilon)
+        smallest = tl.minimum(smallest, tl.where(here, diou, float("inf")))
+    tl.store(minima_ptr + side * capacity + row, tl.min(smallest, axis=0))

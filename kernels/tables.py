@@ -11,7 +11,7 @@ with e = phi(a s, 0) [y = 0], s = a held constant, c = phi(a, 1); without no_tp 
 0). All voxels of a block with the same pair (o, l) go the same way, so the block adds up by pairs: while lanes
 remain, take the largest pair, reduce a, phi(a, 0), phi(a, 1) and e over its lanes (for a hard output count them, as all
 are alike), send scalar atomics to both rows, drop those lanes. If the pair touches, it is noted (pairs.py), and a second kernel adds what rows that touch bring each
-other. Before both, one kernel clears the rows that are used, and the pairs. Outputs beyond the tables, the rest, leave
+other. Before both, rows.py clears the rows that are used, and the pairs. Outputs beyond the tables, the rest, leave
 but a flag each: whether they touch a label.
 
 Backward, G the gradients of the tables, phi' the derivative in a, F the gradient of a false output, M that of a missed
@@ -48,10 +48,11 @@ from torch import Tensor
 
 from .. import ops, quantities
 from .activation import NONE, NOT_FUSED, RAW, probability, seen_by_pixel
-from .blocks import adding_programs, block_size, cut, table_programs, threads
+from .blocks import adding_programs, block_size, cut, threads
 from .launches import launch
 from .pairs import SUMS_WARPS, insert_pair, sum_neighbours
 from .quantities import phi, phi_derivative, sum_where
+from .rows import launch_rows
 
 MASS: tl.constexpr = tl.constexpr(ops.MASS)
 INTERSECTION: tl.constexpr = tl.constexpr(ops.INTERSECTION)
@@ -80,47 +81,12 @@ NO_LANE: tl.constexpr = tl.constexpr(-2)
 SUMS_BLOCK, LONG_SUMS_BLOCK = 256, 128
 # Eight voxels a thread of one warp, so that a block of background is found without a barrier.
 GRADIENT_BLOCK, GRADIENT_WARPS = 256, 1
-CLEAR_BLOCK = 256
 
 
 @triton.jit
 def _times(grad, slope, here):
     """Chain rule in float64 on the lanes `here`; 0 elsewhere, even where the slope is not finite."""
     return tl.where(here, grad * slope.to(tl.float64), 0.0)
-
-
-@triton.jit
-def _clear_kernel(
-    counts_ptr,  # (3, B) int32
-    sums_ptr,  # (2 B, capacity, 5) float64
-    excess_ptr,  # (B, capacity) float64
-    pairs_ptr,  # (B, slots) int64
-    touched_ptr,  # (B, rest) bool
-    capacity,
-    slots,
-    rest,
-    BLOCK: tl.constexpr,
-):
-    sample = tl.program_id(1).to(tl.int64)
-    B = tl.num_programs(1)
-    start, step = tl.program_id(0) * BLOCK, tl.num_programs(0) * BLOCK
-    nothing = tl.zeros((BLOCK,), tl.float64)
-    for side in tl.static_range(2):
-        rows = tl.load(counts_ptr + (OUTPUTS if side == 0 else LABELS) * B + sample)
-        for first in range(start, tl.minimum(rows, capacity), step):
-            row = first + tl.arange(0, BLOCK)
-            row_ptr = sums_ptr + ((side * B + sample) * capacity + row) * COLUMNS
-            for column in tl.static_range(COLUMNS):
-                tl.store(row_ptr + column, nothing, mask=row < capacity)
-            if side == 0:
-                tl.store(excess_ptr + sample * capacity + row, nothing, mask=row < capacity)
-    for first in range(start, slots, step):
-        slot = first + tl.arange(0, BLOCK)
-        tl.store(pairs_ptr + sample * slots + slot, tl.zeros((BLOCK,), tl.int64), mask=slot < slots)
-    beyond = tl.load(counts_ptr + OUTPUTS * B + sample) - capacity
-    for first in range(start, tl.minimum(beyond, rest), step):
-        row = first + tl.arange(0, BLOCK)
-        tl.store(touched_ptr + sample * rest + row, tl.zeros((BLOCK,), tl.int1), mask=row < rest)
 
 
 @triton.jit
@@ -397,21 +363,30 @@ def launch_sum_instances(
     pairs: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Sums by instance and by sample, the pairs that touch, for which there is room for `pairs`, and the rest."""
-    (batch, *shape), (_, capacity, _), rest, device = x.shape, geometry.shape, sites[1].shape[1], x.device
-    num_voxels = math.prod(shape)
+    cleared, _, _ = launch_rows(geometry, counts, x.shape[1:], pairs, sites[1].shape[1])
+    sums, _, where, touched = cleared
+    return sums, add_to_rows(cleared, x, sites, counts, geometry, activation, quantity, no_tp), where, touched
+
+
+def add_to_rows(
+    cleared: list[Tensor],
+    x: Tensor,
+    sites: list[Tensor],
+    counts: Tensor,
+    geometry: Tensor,
+    activation: int,
+    quantity: int,
+    no_tp: bool,
+) -> Tensor:
+    """Add up sums by instance, and which pairs touch, in what `launch_rows` gives; the sums by sample."""
+    sums, excess, where, touched = cleared
+    (batch, pairs), (_, capacity, _), rest, num_voxels = where.shape, geometry.shape, touched.shape[1], x[:1].numel()
     several = activation == ops.NONE or quantity == quantities.CROSS_ENTROPY
     block = block_size(num_voxels, LONG_SUMS_BLOCK if several else SUMS_BLOCK)
     blocks = cut(num_voxels, block)
-    sizes = (2 * batch, capacity, ops.SUMS_COLUMNS), (batch, capacity), (batch, blocks, ops.SAMPLE_COLUMNS)
-    sums, excess, parts = (torch.empty(size, dtype=torch.float64, device=device) for size in sizes)
-    sample_sums = torch.empty((batch, ops.SAMPLE_COLUMNS), dtype=torch.float64, device=device)
-    where = torch.empty((batch, pairs), dtype=torch.int64, device=device)
-    touched = torch.empty((batch, rest), dtype=torch.bool, device=device)
+    parts = torch.empty((batch, blocks, ops.SAMPLE_COLUMNS), dtype=torch.float64, device=x.device)
+    sample_sums = torch.empty((batch, ops.SAMPLE_COLUMNS), dtype=torch.float64, device=x.device)
     if batch > 0:
-        clear_block = block_size(pairs, CLEAR_BLOCK)
-        launch(_clear_kernel, (table_programs(cut(pairs, clear_block)), batch),
-            counts, sums, excess, where, touched, capacity, pairs, rest, clear_block,
-        )  # fmt: skip
         if num_voxels > 0:
             # Sums of a hard output are whole numbers, the same in any order.
             programs = adding_programs(blocks) if activation == ops.NONE else blocks
@@ -421,7 +396,7 @@ def launch_sum_instances(
                 num_warps=SUMS_WARPS,
             )  # fmt: skip
         sum_neighbours(where, geometry, excess, counts, parts, sums, sample_sums)
-    return sums, sample_sums, where, touched
+    return sample_sums
 
 
 def launch_sum_instances_backward(
