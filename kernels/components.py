@@ -43,6 +43,7 @@ from .cells import (
     row_of,
     rows_of,
 )
+from .finish import Ending
 from .launches import launch
 from .numbering import blocks_of, number, number_components
 from .propagation import propagate
@@ -339,10 +340,10 @@ def launch_components(mask: Tensor, num_iterations: int) -> Tensor:
 
 
 def instances_of(
-    cells: Cells, capacity: int, rest_sizes: Tensor | None = None
+    cells: Cells, capacity: int, rest_sizes: Tensor | None = None, ending: Ending | None = None, too_many: float = 0.0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Row map, counts and geometry of the components of cells; see `number`."""
-    return number_components(cells, unite(cells, ids=False), capacity, rest_sizes)
+    """Row map, counts and geometry of the components of cells, see `number`; and what `find` ends with (finish.py)."""
+    return number_components(cells, unite(cells, ids=False), capacity, rest_sizes, ending, too_many)
 
 
 def find_instances(

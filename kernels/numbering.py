@@ -43,6 +43,7 @@ from torch import Tensor
 from .. import ops
 from .blocks import block_size, coordinates, cut
 from .cells import Cells, bits_of_row, cell_coordinates, node_of, row_of, rows_of
+from .finish import ASSERTING, PARTS_BLOCK, Ending, finish
 from .launches import launch
 
 COLUMNS: tl.constexpr = tl.constexpr(ops.GEOMETRY_COLUMNS)
@@ -225,6 +226,13 @@ def _cells_geometry_kernel(
     ids_ptr,  # (B, V) int32: the root of each node, or minus its row; which become rows
     geometry_ptr,  # (B, capacity, 10) int64
     rest_sizes_ptr,  # (B', rest) int32, of the first B' samples
+    found_ptr,  # (B,) int32
+    parts_ptr,  # what `finish` takes, or None
+    counts_ptr,
+    sums_ptr,
+    health_ptr,
+    programs,
+    max_kept,
     D,
     H,
     W,
@@ -232,12 +240,21 @@ def _cells_geometry_kernel(
     capacity,
     rest_samples,
     rest,
+    TOO_MANY: tl.constexpr,
+    PARTS: tl.constexpr,
     ROWS: tl.constexpr,
     EVEN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     cell = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     sample = tl.program_id(1).to(tl.int64)
+    if parts_ptr is not None:
+        samples = tl.num_programs(1) // 2  # of which each has outputs and labels
+        if (tl.program_id(0) == 0) & (sample < samples):
+            finish(
+                sample, samples, found_ptr, parts_ptr, counts_ptr, sums_ptr, health_ptr, programs, max_kept, capacity,
+                TOO_MANY, PARTS,
+            )  # fmt: skip
     ids_ptr += sample * D * H * W
     occupancy = tl.load(cells_ptr + sample * N + cell, mask=cell < N, other=0).to(tl.int32)
     if tl.max(occupancy, axis=0) > 0:  # most cells are background
@@ -298,18 +315,29 @@ def number(
 
 
 def number_components(
-    cells: Cells, roots: Tensor, capacity: int, rest_sizes: Tensor | None = None
+    cells: Cells,
+    roots: Tensor,
+    capacity: int,
+    rest_sizes: Tensor | None = None,
+    ending: Ending | None = None,
+    too_many: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same of united cells, whose parents become the row map; `roots` (B, blocks) int32 counts them in each block."""
+    """The same of united cells, whose parents become the row map; `roots` (B, blocks) int32 counts them in each block.
+
+    It also writes what `find` ends with, if that is given.
+    """
     of_bytes, ids = cells
     batch, *shape = ids.shape
     counts, geometry, rest_sizes = _rank(ids, roots, capacity, rest_sizes)
     if ids.numel() > 0:
         num_cells = of_bytes.shape[1]
         block = block_size(num_cells, CELLS_BLOCK)
+        end, parts_block, options = (None,) * 4 + (0, 0), 0, {}
+        if ending is not None:
+            end, parts_block, options = ending, block_size(ending.programs, PARTS_BLOCK), ASSERTING
         launch(_cells_geometry_kernel, (cut(num_cells, block), batch),
-            of_bytes, ids, geometry, rest_sizes, *shape, num_cells, capacity, *rest_sizes.shape, *rows_of(shape), block,
-            num_warps=REDUCE_WARPS,
+            of_bytes, ids, geometry, rest_sizes, counts, *end, *shape, num_cells, capacity, *rest_sizes.shape,
+            too_many, parts_block, *rows_of(shape), block, num_warps=REDUCE_WARPS, **options,
         )  # fmt: skip
     return ids, counts, geometry
 
