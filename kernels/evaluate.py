@@ -42,10 +42,10 @@ def launch_evaluate(
         geometry, counts, shape, pairs, sites[1].shape[1], offsets, proximity, planar
     )
     sample_sums = add_to_rows(cleared, x, sites, counts, geometry, activation, quantity, no_tp)
-    sums, _, *touching = cleared
+    sums, _, *touching, arrived = cleared
     of_criteria = numbers(tuple(criteria), shape[0] * shape[1] * shape[2], batch, classes)
     results = sums, sample_sums, pixel_sums, health, counts, geometry, owned, distances, values, totals
-    terms, total, *slopes = add_up(results, of_criteria, tuple(weights), x.dtype, classes, reduction, rates)
+    terms, total, *slopes = add_up(results, of_criteria, tuple(weights), x.dtype, classes, reduction, rates, arrived)
     return terms, total, [*slopes, *touching]
 
 

@@ -53,7 +53,8 @@ def _clear(
         row_ptr = sums_ptr + (side * capacity + row) * SUMS_COLUMNS
         for column in tl.static_range(SUMS_COLUMNS):
             tl.store(row_ptr + column, nothing, mask=row < capacity)
-        tl.store(excess_ptr + side * capacity + row, nothing, mask=(row < capacity) & (side < samples))
+        if side < samples:
+            tl.store(excess_ptr + side * capacity + row, nothing, mask=row < capacity)
     if side < samples:
         for first in range(program * SLOTS, slots, programs * SLOTS):
             slot = first + tl.arange(0, SLOTS)
@@ -71,6 +72,7 @@ def _rows_kernel(
     excess_ptr,  # (B, capacity) float64
     pairs_ptr,  # (B, slots) int64
     touched_ptr,  # (B, rest) bool
+    arrived_ptr,  # () int32: programs of terms.py
     owned_ptr,  # (2 B, capacity, 2) int64, or None
     minima_ptr,  # (2 B, capacity) float64, or None
     capacity,
@@ -95,6 +97,8 @@ def _rows_kernel(
     _clear(
         sums_ptr, excess_ptr, pairs_ptr, touched_ptr, side, count, capacity, slots, rest, OTHERS, SLOTS,
     )  # fmt: skip
+    if (tl.program_id(0) == 0) & (side == 0):
+        tl.store(arrived_ptr, 0)
     rows = tl.minimum(tl.load(counts_ptr + KEPT * samples + side), capacity)
     other_rows = tl.minimum(tl.load(counts_ptr + KEPT * samples + other_side), capacity)
     if owned_ptr is not None:
@@ -120,7 +124,7 @@ def launch_rows(
     proximity: bool = False,
     planar: bool = False,
 ) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
-    """Sums, excess, pairs and which of the rest touch a label, cleared; overlaps and minima, if they are wanted.
+    """Sums, excess, pairs, which of the rest touch a label, and a counter, cleared; overlaps and minima, if wanted.
 
     Overlaps are the voxels each row owns outside [0] and inside [1] the boxes of the other side, (2 B, capacity, 2)
     int64, by the `offsets` of boxes. Minima are the smallest DIoU of each kept output to a label, and of each label to
@@ -131,17 +135,20 @@ def launch_rows(
     sums, excess = (torch.empty(size, dtype=torch.float64, device=device) for size in sizes)
     where = torch.empty((batch, pairs), dtype=torch.int64, device=device)
     touched = torch.empty((batch, rest), dtype=torch.bool, device=device)
+    arrived = torch.empty((), dtype=torch.int32, device=device)
     overlaps = minima = None
+    num_voxels = math.prod(shape)
     if offsets is not None:
         overlaps = torch.empty((sides, capacity, 2), dtype=torch.int64, device=device)
     if proximity:
         minima = torch.empty((sides, capacity), dtype=torch.float64, device=device)
     if batch > 0:
-        num_voxels = math.prod(shape)
+        # (a table without rows has no place for row 0)
+        boxes, nearest = overlaps if num_voxels * capacity > 0 else None, minima if capacity > 0 else None
         launch(_rows_kernel, (table_programs(max(capacity, 1)), sides),
-            geometry, counts, sums, excess, where, touched, overlaps if num_voxels > 0 else None, minima,
+            geometry, counts, sums, excess, where, touched, arrived, boxes, nearest,
             capacity, pairs, rest, *shape, *(offsets or (0, 0, 0)), int(planar),
             block_size(num_voxels, BOX_BLOCK), block_size(capacity, OTHERS_BLOCK), block_size(pairs, SLOTS_BLOCK),
             num_warps=ROWS_WARPS,
         )  # fmt: skip
-    return [sums, excess, where, touched], overlaps, minima
+    return [sums, excess, where, touched, arrived], overlaps, minima

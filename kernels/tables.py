@@ -250,12 +250,13 @@ def _of_instances(
         grad += _of_outputs(a, out, lab, sample, grad_sums_ptr, grad_excess_ptr, capacity, QUANTITY, NO_TP)
     if tl.max(lab, axis=0) > 0:
         grad += _of_labels(a, out, lab, sample, kept, grad_sums_ptr, capacity, QUANTITY, NO_TP)
-    if (kept == 0) | (tl.load(counts_ptr + LABELS * B + sample) == 0):  # elsewhere it is 0
+    by_both, by_a = tl.load(sample_ptr), tl.load(sample_ptr + 1)
+    if (by_both != 0) | (by_a != 0):  # most samples have instances on both sides
         y = (lab != 0).to(x.dtype)
         slope = phi_derivative(a, y, QUANTITY).to(tl.float64)
         if ACTIVATION != NONE:
             slope = tl.where((out != 0) | (lab != 0), slope, 0.0)
-        grad += tl.load(sample_ptr) * y.to(tl.float64) + tl.load(sample_ptr + 1) * slope
+        grad += by_both * y.to(tl.float64) + by_a * slope
     return grad
 
 
@@ -364,7 +365,7 @@ def launch_sum_instances(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Sums by instance and by sample, the pairs that touch, for which there is room for `pairs`, and the rest."""
     cleared, _, _ = launch_rows(geometry, counts, x.shape[1:], pairs, sites[1].shape[1])
-    sums, _, where, touched = cleared
+    sums, _, where, touched, _ = cleared
     return sums, add_to_rows(cleared, x, sites, counts, geometry, activation, quantity, no_tp), where, touched
 
 
@@ -379,7 +380,7 @@ def add_to_rows(
     no_tp: bool,
 ) -> Tensor:
     """Add up sums by instance, and which pairs touch, in what `launch_rows` gives; the sums by sample."""
-    sums, excess, where, touched = cleared
+    sums, excess, where, touched, _ = cleared
     (batch, pairs), (_, capacity, _), rest, num_voxels = where.shape, geometry.shape, touched.shape[1], x[:1].numel()
     several = activation == ops.NONE or quantity == quantities.CROSS_ENTROPY
     block = block_size(num_voxels, LONG_SUMS_BLOCK if several else SUMS_BLOCK)

@@ -5,7 +5,8 @@ L = its size; for a kept output, I = INTERSECTION, L = LABEL; and P = COST + mis
 phi(0, 1). A side of a sample without rows has the value of the whole sample in row 0.
 
 1. `_terms_kernel`, one program a sample: it goes over the rows of both sides, up to the counts, which only the device
-   knows. It adds up what they contribute to the terms, and writes the slopes of each row.
+   knows. It adds up what they contribute to the terms, and writes the slopes of each row. The program that arrives
+   last adds up the samples.
 2. `_terms_backward_kernel`: with g the gradients of the terms, D the distances and w the weights of a sample,
 
        dv_l = g.instance_label w_l + g.proximity s D_l,    dv_o = g.instance_output w_o - g.proximity s D_o,
@@ -165,7 +166,45 @@ def _add_rows(
 
 
 @triton.jit
+def _of_bits(weight):
+    """The float64 of a weight's bits."""
+    return weight.to(tl.int64).to(tl.float64, bitcast=True)
+
+
+@triton.jit
+def _weighted(terms, weight, TERM: tl.constexpr):
+    """One of eight terms times its weight, 0 in the place of all others."""
+    return tl.where(tl.arange(0, 8) == TERM, terms * _of_bits(weight), 0.0)
+
+
+@triton.jit
+def _add_samples(
+    weight_0, weight_1, weight_2, weight_3, weight_4, weight_5, weight_6, parts_ptr, terms_ptr, total_ptr, B,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Write the terms, the sums of what all samples add to them, and the sum of those with weights."""
+    term, sample = tl.arange(0, 8), tl.arange(0, BLOCK)
+    terms = tl.zeros((8,), tl.float64)
+    for first in range(0, B, BLOCK):
+        part_ptr = parts_ptr + (first + sample)[:, None] * TERMS + term[None, :]
+        here = (first + sample < B)[:, None] & (term < TERMS)[None, :]
+        terms += tl.sum(tl.load(part_ptr, mask=here, other=0.0), axis=0)
+    total = _weighted(terms, weight_0, 0) + _weighted(terms, weight_1, 1) + _weighted(terms, weight_2, 2)
+    total += _weighted(terms, weight_3, 3) + _weighted(terms, weight_4, 4) + _weighted(terms, weight_5, 5)
+    total += _weighted(terms, weight_6, 6)
+    tl.store(terms_ptr + term, terms, mask=term < TERMS)
+    tl.store(total_ptr, tl.sum(total, axis=0))
+
+
+@triton.jit(do_not_specialize=WEIGHTS)
 def _terms_kernel(
+    weight_0: tl.int64,  # of each term in the total, a float64 in its bits
+    weight_1: tl.int64,
+    weight_2: tl.int64,
+    weight_3: tl.int64,
+    weight_4: tl.int64,
+    weight_5: tl.int64,
+    weight_6: tl.int64,
     sums_ptr,  # (2 B, capacity, 5) float64
     sample_sums_ptr,  # (B, 3) float64
     pixel_sums_ptr,  # (B, 3) float64
@@ -177,6 +216,9 @@ def _terms_kernel(
     values_ptr,  # (2 B, capacity) float64, or None: the criterion follows from the sums
     totals_ptr,  # (2, classes) float64, or None: instances are averaged over the batch
     numbers_ptr,  # (30,) float64
+    arrived_ptr,  # () int32: 0
+    terms_ptr,  # (7,) of any float dtype
+    total_ptr,  # () of that dtype
     parts_ptr,  # (B, 7) float64: what each sample adds to the terms
     slopes_ptr,  # (2 B, capacity, 5) float64
     sample_slopes_ptr,  # (B, 8) float64
@@ -184,6 +226,7 @@ def _terms_kernel(
     classes,
     REDUCTION: tl.constexpr,
     RATES: tl.constexpr,
+    SAMPLES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     sample = tl.program_id(0).to(tl.int64)
@@ -246,46 +289,12 @@ def _terms_kernel(
         proximity += tl.where(kept == 0, num_outputs, 0).to(tl.float64)  # too many
     tl.store(part_ptr + PROXIMITY, health * proximity / B)
     tl.store(sample_slopes_ptr + BY_DISTANCE, health * 2.0 * difference / B)
-
-
-@triton.jit
-def _of_bits(weight):
-    """The float64 of a weight's bits."""
-    return weight.to(tl.int64).to(tl.float64, bitcast=True)
-
-
-@triton.jit
-def _weighted(terms, weight, TERM: tl.constexpr):
-    """One of eight terms times its weight, 0 in the place of all others."""
-    return tl.where(tl.arange(0, 8) == TERM, terms * _of_bits(weight), 0.0)
-
-
-@triton.jit(do_not_specialize=WEIGHTS)
-def _total_kernel(
-    weight_0: tl.int64,  # of each term in the total, a float64 in its bits
-    weight_1: tl.int64,
-    weight_2: tl.int64,
-    weight_3: tl.int64,
-    weight_4: tl.int64,
-    weight_5: tl.int64,
-    weight_6: tl.int64,
-    parts_ptr,  # (B, 7) float64: what each sample adds to the terms
-    terms_ptr,  # (7,) of any float dtype
-    total_ptr,  # () of that dtype
-    B,
-    BLOCK: tl.constexpr,
-):
-    term, sample = tl.arange(0, 8), tl.arange(0, BLOCK)
-    terms = tl.zeros((8,), tl.float64)
-    for first in range(0, B, BLOCK):
-        part_ptr = parts_ptr + (first + sample)[:, None] * TERMS + term[None, :]
-        here = (first + sample < B)[:, None] & (term < TERMS)[None, :]
-        terms += tl.sum(tl.load(part_ptr, mask=here, other=0.0), axis=0)
-    total = _weighted(terms, weight_0, 0) + _weighted(terms, weight_1, 1) + _weighted(terms, weight_2, 2)
-    total += _weighted(terms, weight_3, 3) + _weighted(terms, weight_4, 4) + _weighted(terms, weight_5, 5)
-    total += _weighted(terms, weight_6, 6)
-    tl.store(terms_ptr + term, terms, mask=term < TERMS)
-    tl.store(total_ptr, tl.sum(total, axis=0))
+    # What a program has written, the one that arrives last can read.
+    if tl.atomic_add(arrived_ptr, 1, sem="acq_rel") == B - 1:
+        _add_samples(
+            weight_0, weight_1, weight_2, weight_3, weight_4, weight_5, weight_6, parts_ptr, terms_ptr, total_ptr, B,
+            SAMPLES,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -454,7 +463,8 @@ def launch_terms(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The terms, float64, and the slopes of instances and of samples."""
     results = sums, sample_sums, pixel_sums, health, counts, geometry, owned, distances, values, totals
-    terms, _, *slopes = add_up(results, tuple(numbers), (), torch.float64, classes, reduction, rates)
+    arrived = torch.zeros((), dtype=torch.int32, device=sums.device)
+    terms, _, *slopes = add_up(results, tuple(numbers), (), torch.float64, classes, reduction, rates, arrived)
     return terms, slopes[0], slopes[1]
 
 
@@ -466,10 +476,11 @@ def add_up(
     classes: int,
     reduction: int,
     rates: bool,
+    arrived: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The terms and their sum with `weights`, and the slopes of instances and of samples.
 
-    `results` are the first ten arguments of `launch_terms`.
+    `results` are the first ten arguments of `launch_terms`; `arrived` counts programs, 0-d int32, 0 at first.
     """
     sums, sample_sums = results[:2]
     assert sums is not None
@@ -481,11 +492,8 @@ def add_up(
     if batch == 0:
         return terms.zero_(), total.zero_(), slopes, sample_slopes
     launch(_terms_kernel, (batch,),
-        *results, _table_of(numbers, device.type == "cuda"), parts, slopes, sample_slopes,
-        capacity, classes, reduction, rates, block_size(capacity, ROWS_BLOCK),
-    )  # fmt: skip
-    launch(_total_kernel, (1,),
-        parts, terms, total, batch, SAMPLES_BLOCK, values=bits_of(weights), num_warps=1,
+        *results, _table_of(numbers, device.type == "cuda"), arrived, terms, total, parts, slopes, sample_slopes,
+        capacity, classes, reduction, rates, SAMPLES_BLOCK, block_size(capacity, ROWS_BLOCK), values=bits_of(weights),
     )  # fmt: skip
     return terms, total, slopes, sample_slopes
 

@@ -120,10 +120,10 @@ def call_launchers(sides, capacity, rest):
             room["components"].launch_find_instances(mask, rounds, min_size, capacity)
         room["components"].launch_number_instances(mask.long(), 0, capacity)
         geometry, counts = torch.zeros((4, capacity, 10), dtype=torch.int64), torch.zeros((3, 2), dtype=torch.int32)
-        boxes = (geometry, counts, list(shape[1:]), [min(depth, 2), 2, 2])
-        room["centers"].launch_center_overlaps(*boxes)
-        room["centers"].launch_center_volumes(*boxes)
-        room["proximity"].launch_proximity_minima(geometry, counts, list(shape[1:]), depth == 1)
+        offsets = [min(depth, 2), 2, 2]
+        room["centers"].launch_center_volumes(geometry, counts, list(shape[1:]), offsets)
+        for wanted in ((offsets, True, depth == 1), (None, False)):
+            room["rows"].launch_rows(geometry, counts, list(shape[1:]), 64, rest, *wanted)
     sites = [torch.zeros(size, dtype=torch.int32) for size in ((4, *shape[1:]), (2, rest))]
     for dtype, quantity, no_tp in SUMS:
         x = torch.zeros(shape, dtype=torch.float32 if dtype == torch.bool else dtype)
@@ -140,8 +140,13 @@ def call_launchers(sides, capacity, rest):
     ):
         case = (*sums, sums[1], health, counts, geometry, *given, numbers, 2, *average)
         _, *slopes = room["terms"].launch_terms(*case)
-    for masses, values in ((True, True), (False, False)):
-        grads = room["terms"].launch_terms_backward(per_row[0, :7], *slopes, counts, masses, values)
+    weights = (1.0,) * 7
+    for given, *flows in (
+        ((per_row[0, :7], health, weights), True, True, OF_MEAN),
+        ((per_row[0, :7], None, ()), True, True, OF_LOGARITHM),
+        ((None, health, weights), False, False, NO_GRADIENT),
+    ):
+        mistakes, *grads = room["terms"].launch_terms_backward(*given, *slopes, counts, pairs, *flows)
     for dtype, label_dtype, activation, threshold, *pixel in ACTIVATIONS:
         volumes = torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=label_dtype)
         room["instances"].launch_find(
@@ -150,9 +155,9 @@ def call_launchers(sides, capacity, rest):
         room["instances"].launch_find(  # "as many as there are"
             *volumes, None, activation, threshold, *pixel, 0, 0, 2**40, 50.0, capacity, rest
         )
-        for quantity, no_tp, mistakes in ((4, True, OF_LOGARITHM), (3, False, OF_MEAN), (0, True, NO_GRADIENT)):
-            case = (*volumes, sites, pairs, touched, counts, activation, quantity, no_tp, *pixel, mistakes)
-            room["tables"].launch_sum_instances_backward(per_row[0, :7], slopes[0], *grads, *case)
+        for quantity, no_tp, gradient in ((4, True, OF_LOGARITHM), (3, False, OF_MEAN), (0, True, NO_GRADIENT)):
+            case = (*volumes, sites, touched, counts, activation, quantity, no_tp, *pixel, gradient)
+            room["tables"].launch_sum_instances_backward(mistakes, slopes[0], *grads, *case)
 
 
 def is_aligned(value):

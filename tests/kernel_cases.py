@@ -103,7 +103,7 @@ def assert_same(result, expected):
 
 def activate(*arguments):
     """`launch_activate`, its mask as foreground and y, its parts added up."""
-    masks, parts = importlib.import_module("triton_instance_loss.kernels.activation").launch_activate(*arguments)
+    masks, parts, _ = importlib.import_module("triton_instance_loss.kernels.activation").launch_activate(*arguments)
     sums, broken = parts.sum(1).split((ops.SAMPLE_COLUMNS, 1), 1)
     return *masks.chunk(2), sums.contiguous(), 1.0 + broken.sum()
 
@@ -160,8 +160,13 @@ def sum_instances_backward(*arguments):
     counts, geometry = found(lab_rows, kept, of_rows.shape[1])
     tables = importlib.import_module("triton_instance_loss.kernels.tables")
     _, _, pairs, _ = tables.launch_sum_instances(x, sites, counts, geometry, activation, quantity, no_tp, 64)
+    of_excess = torch.zeros(of_rows[: len(x)].shape[:2], dtype=torch.float64, device=x.device)
+    for sample, keys in enumerate(pairs.tolist()):
+        for out, lab in ((key >> 32, key & 0xFFFFFFFF) for key in keys if key):
+            of_excess[sample, out - 1] += of_rows[len(x) + sample, lab - 1, ops.COST]
     untouched = torch.empty((len(x), 0), dtype=torch.bool, device=x.device)
-    case = (x, labels, sites, pairs, untouched, counts, activation, quantity, no_tp, *pixel)
+    case = (x, labels, sites, untouched, counts, activation, quantity, no_tp, *pixel)
     no_terms = torch.full((7,), float("nan"), dtype=torch.float64, device=x.device)
     slopes = torch.full((*of_rows.shape[:2], ops.SLOPES_COLUMNS), float("nan"), dtype=torch.float64, device=x.device)
-    return tables.launch_sum_instances_backward(no_terms, slopes, of_rows, of_whole, of_pixel, *case, ops.NO_GRADIENT)
+    grads = no_terms, slopes, of_rows, of_excess, of_whole, of_pixel
+    return tables.launch_sum_instances_backward(*grads, *case, ops.NO_GRADIENT)

@@ -9,7 +9,7 @@ from kernel_cases import DEVICE, FAR, assert_same, used
 
 pytest.importorskip("triton")
 
-from triton_instance_loss.kernels import centers, proximity
+from triton_instance_loss.kernels import centers, rows
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -52,13 +52,23 @@ def two_sides(shape, kept, num_labels, capacity=9):
     return geometry, torch.cat((torch.full_like(used[: len(kept)], -1), used)).view(3, -1)
 
 
+def center_overlaps(geometry, counts, shape, offsets):
+    """Voxels each row owns outside and inside boxes of the other side."""
+    return rows.launch_rows(geometry, counts, shape, 4, 0, offsets)[1]
+
+
+def proximity_minima(geometry, counts, shape, planar):
+    """Smallest DIoU of each row."""
+    return rows.launch_rows(geometry, counts, shape, 4, 0, None, True, planar)[2]
+
+
 def assert_overlaps(sides, owners):
     """Counts of each row against the owners of both sides, (2 B, D, H, W)."""
     geometry, counts, *_ = sides
-    rows = torch.arange(1, geometry.shape[1] + 1, device=DEVICE).view(-1, 1, 1, 1, 1)
+    numbers = torch.arange(1, geometry.shape[1] + 1, device=DEVICE).view(-1, 1, 1, 1, 1)
     others = owners.roll(len(owners) // 2, 0) > 0
-    owned = torch.stack([((owners == rows) & (others == side)).sum((2, 3, 4)).T for side in (False, True)], -1)
-    assert_same([used(centers.launch_center_overlaps(*sides), counts[1:])], [owned])
+    owned = torch.stack([((owners == numbers) & (others == side)).sum((2, 3, 4)).T for side in (False, True)], -1)
+    assert_same([used(center_overlaps(*sides), counts[1:])], [owned])
 
 
 @pytest.mark.parametrize(("shape", "offsets", "kept", "num_labels"), GEOMETRIES)
@@ -81,7 +91,7 @@ def test_centers_drawn():
     owner, covered = centers.launch_center_volumes(geometry, counts, [1, 1, 6], [1, 1, 1])
     assert owner.flatten().tolist() == [0, 1, 1, 1, 0, 0]
     assert not covered.any()
-    owned = centers.launch_center_overlaps(geometry, counts, [1, 1, 6], [1, 1, 1])
+    owned = center_overlaps(geometry, counts, [1, 1, 6], [1, 1, 1])
     assert owned[0].tolist() == [[3, 0]]
 
 
@@ -98,7 +108,7 @@ def test_center_overlaps_drawn():
     geometry[0] = of_centers((0, 0, 3), (0, 0, 7), (0, 0, 5))
     geometry[1, :2] = of_centers((0, 0, 4), (0, 0, 8))
     counts = torch.tensor([[3], [3], [2]], dtype=torch.int32, device=DEVICE)
-    owned = centers.launch_center_overlaps(geometry, counts, [1, 1, 9], [1, 1, 1])
+    owned = center_overlaps(geometry, counts, [1, 1, 9], [1, 1, 1])
     assert owned[0].tolist() == [[1, 1], [0, 2], [1, 2]]
     assert owned[1, :2].tolist() == [[0, 3], [1, 2]]
 
@@ -126,8 +136,8 @@ CROWDS = [
 
 def assert_many(monkeypatch, shape, offsets, kept, num_labels, capacity):
     """Overlaps against the painted volumes, in blocks that boxes and tables are larger than."""
-    monkeypatch.setattr(centers, "BOX_BLOCK", 16)
-    monkeypatch.setattr(centers, "OTHERS_BLOCK", 4)
+    monkeypatch.setattr(rows, "BOX_BLOCK", 16)
+    monkeypatch.setattr(rows, "OTHERS_BLOCK", 4)
     geometry, counts = two_sides(shape, kept, num_labels, capacity=20)
     sides = (geometry[:, :capacity].contiguous(), counts, list(shape), list(offsets))  # counts may say more rows
     swapped = (sides[0].roll(len(kept), 0), counts[[0, 2, 1]], *sides[2:])
@@ -152,7 +162,7 @@ def test_centers_of_nothing():
     for batch, capacity, shape in ((0, 3, [2, 3, 4]), (2, 0, [2, 3, 4]), (2, 3, [2, 0, 4])):
         geometry = torch.zeros((2 * batch, capacity, 10), dtype=torch.int64, device=DEVICE)
         sides = (geometry, torch.zeros((3, batch), dtype=torch.int32, device=DEVICE), shape, [1, 1, 1])
-        assert centers.launch_center_overlaps(*sides).shape == (2 * batch, capacity, 2)
+        assert center_overlaps(*sides).shape == (2 * batch, capacity, 2)
         owner, covered = centers.launch_center_volumes(*sides)
         assert owner.shape == covered.shape == (batch, *shape)
         assert not owner.any()
@@ -181,7 +191,7 @@ def plain_diou(lows, highs, other_lows, other_highs):
 
 def assert_minima(geometry, counts, shape, planar):
     """Distances to the nearest of the other side against the plain statement."""
-    ours = proximity.launch_proximity_minima(geometry, counts, list(shape), planar)
+    ours = proximity_minima(geometry, counts, list(shape), planar)
     batch = counts.shape[1]
     for b, (kept, num_labels) in enumerate(counts[1:].T.tolist()):
         sides = ((geometry[b], kept), (geometry[batch + b], num_labels))
@@ -201,7 +211,7 @@ def test_proximity_drawn():
     # bounds [2, 3]: extent 1, extended to [0, 4) with centre 2; against the middle [3, 5), centre 4: IoU 1/5, 2^2 / 5^2
     geometry = torch.tensor([[[2, 0, 0, 5, 0, 0, 2, 0, 0, 3]]], device=DEVICE).repeat(2, 1, 1)
     counts = torch.tensor([[5], [1], [0]], dtype=torch.int32, device=DEVICE)
-    ours = proximity.launch_proximity_minima(geometry, counts, [1, 1, 8], True)
+    ours = proximity_minima(geometry, counts, [1, 1, 8], True)
     # along the axis of length 1 the instance has [0, 1), the middle [-1, 1); their centres are 1 and 0
     expected = 1 - 1 / (4 + 4 - 1) + (4 + 1) / (25 + 4)
     assert ours.tolist() == [[pytest.approx(expected, abs=1e-9)]] * 2

@@ -126,12 +126,42 @@ def random_case(seed=0):
     return sums, counts, geometry, whole(8, ROWS, 2), distances, values, numbers
 
 
+def backward(grad, slopes, counts, masses=True, values=True, mistakes=ops.OF_LOGARITHM, pairs=None):
+    """`launch_terms_backward` of terms without a total: of sums of instances, of samples, and of the pixel term."""
+    if pairs is None:
+        pairs = torch.zeros((counts.shape[1], 4), dtype=torch.int64, device=DEVICE)
+    case = (*slopes, counts, pairs, masses, values, mistakes)
+    _, of_sums, of_excess, *others = terms.launch_terms_backward(grad, None, (), *case)
+    return of_sums, *others, of_excess
+
+
 def with_mistakes(grad, slopes, grads):
     """Gradients of the sums with those of false and missed instances, which the operator leaves to the next one."""
     table, *rest = grads
     of_mistakes = grad[[ops.FALSE_INSTANCES, ops.MISSED_INSTANCES]].repeat_interleave(len(table) // 2)
     table[..., ops.MASS] += of_mistakes[:, None] * slopes[..., ops.BY_FALSE]
     return [table, *rest]
+
+
+def assert_excess(grad, slopes, counts):
+    """The gradient of the excess of outputs is that of COST of all labels that they touch; with that of a mean in MASS."""
+    generator, batch = torch.Generator().manual_seed(0), counts.shape[1]
+    touches = torch.rand((batch, ROWS, ROWS), generator=generator) < 0.4
+    pairs = torch.zeros((batch, 4 * ROWS * ROWS), dtype=torch.int64)
+    for sample, (_, kept, labels) in enumerate(counts.T.tolist()):
+        touches[sample, kept:] = touches[sample, :, labels:] = False
+        for out, lab in (touches[sample].nonzero() + 1).tolist():
+            slots = pairs.shape[1]
+            slot = ((out * 0x9E3779B1 ^ lab * 0x85EBCA6B) & 0xFFFFFFFF) * slots >> 32
+            while pairs[sample, slot]:
+                slot = (slot + 1) % slots
+            pairs[sample, slot] = out << 32 | lab
+    of_sums, _, _, of_excess = backward(grad, slopes, counts, mistakes=ops.OF_MEAN, pairs=pairs.to(DEVICE))
+    costs = torch.where(touches.to(DEVICE), of_sums[batch:, None, :, ops.COST], 0.0).sum(2)
+    torch.testing.assert_close(used(of_excess, counts[:1]), used(costs, counts[:1]), rtol=1e-13, atol=1e-13)
+    others = backward(grad, slopes, counts)
+    plain = with_mistakes(grad, slopes[0], others)[0]
+    assert_same([used(of_sums, counts[[0, 2]])], [used(plain, counts[[0, 2]])])
 
 
 def assert_terms(case, reduction, rates, classes=1, totals=None):
@@ -147,7 +177,8 @@ def assert_terms(case, reduction, rates, classes=1, totals=None):
     grad = torch.linspace(0.5, 2.0, 7, dtype=torch.float64, device=DEVICE)
     *plain, by_rest = torch.autograd.grad(expected, [*leaves, beyond], grad, materialize_grads=True)
     plain[1] = torch.cat((plain[1][:, : ops.SAMPLE_GRADIENT_COLUMNS], by_rest[:, None]), 1)
-    grads = with_mistakes(grad, slopes[0], terms.launch_terms_backward(grad, *slopes, counts, True, True))
+    grads = with_mistakes(grad, slopes[0], backward(grad, slopes, counts, True, True)[:3])
+    assert_excess(grad, slopes, counts)
     present = counts[[0, 2]]
     grads[0], plain[0] = used(grads[0], present), used(plain[0], present)
     for result, table in zip(grads, plain, strict=True):
@@ -203,7 +234,7 @@ def test_broken_outputs_break_all_terms():
     nan = torch.tensor(torch.nan, dtype=torch.float64, device=DEVICE)
     ours, *slopes = terms.launch_terms(*sums, nan, counts, geometry, owned, distances, None, None, numbers, 1, 0, False)
     assert ours.isnan().all()
-    grads = terms.launch_terms_backward(torch.ones(7, dtype=torch.float64, device=DEVICE), *slopes, counts, True, True)
+    grads = backward(torch.ones(7, dtype=torch.float64, device=DEVICE), slopes, counts, True, True)[:3]
     assert grads[2].isnan().all()
 
 
@@ -228,7 +259,7 @@ def test_terms_drawn():
 
     only = torch.zeros(7, dtype=torch.float64, device=DEVICE)
     only[ops.FALSE_INSTANCES] = only[ops.MISSED_INSTANCES] = 1
-    grads = terms.launch_terms_backward(only, *slopes, counts, True, True)
+    grads = backward(only, slopes, counts, True, True)[:3]
     assert not grads[0].any()
     grads, grad_sample, grad_pixel = with_mistakes(only, slopes[0], grads)
     assert grads[0].tolist() == [[0, 0, 0], [pytest.approx(1 / 3), 0, 0]]
@@ -242,8 +273,8 @@ def test_gradients_that_do_not_flow(values):
     health = torch.ones((), dtype=torch.float64, device=DEVICE)
     _, *slopes = terms.launch_terms(*sums, health, counts, geometry, owned, distances, None, None, numbers, 1, 0, False)
     grad = torch.ones(7, dtype=torch.float64, device=DEVICE)
-    whole = terms.launch_terms_backward(grad, *slopes, counts, True, True)
-    part = terms.launch_terms_backward(grad, *slopes, counts, False, values)
+    whole = backward(grad, slopes, counts, True, True)[:3]
+    part = backward(grad, slopes, counts, False, values)[:3]
     of_rows, of_all = (used(table, counts[[0, 2]]) for table in (part[0], whole[0]))
     assert (of_rows[..., ops.MASS] == 0).all()
     assert (part[1][:, ops.BY_REST] == 0).all()
