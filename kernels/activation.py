@@ -9,12 +9,15 @@ NaN compares as false, so it is background. The pixel term sees a prediction u a
 ../ops.py): u = x, w = label (RAW), u = p, w = y (PROBABILITY), or u = foreground, w = label (HARD). Its sums are
 u w, phi(u, w) and truth(w), which is w, or w^2 where predictions are squared. One kernel reads x and the labels once;
 each program writes its part of the sums, and 0 or NaN for whether all its x are finite and all its labels in
-[-0.5, 1.5]. That is counted and not found from a sum, which could grow too large where every value is finite. What the
-parts add up to is found together with the counts (instances.py).
+[-0.5, 1.5]. That is not found from a sum of x, which could grow too large where every value is finite. What the
+parts add up to is found together with the counts (finish.py).
+
+Lanes are cells of 2x2x2 voxels (cells.py), as labelling wants them: if nothing else asks for masks, it begins here,
+with the bytes of cells and the first parents. Otherwise foreground and y are written as masks.
 
 Everything is computed in the precision of x, labels are rounded to it, and sums are added in float64. Backward: in
 tables.py, together with that of the instances. Deterministic: no atomics, parts are added in a fixed order. Bytes a
-voxel: the sizes of x and of a label read, 2 written.
+voxel: the sizes of x and of a label read, and written 8.25 with cells, 2 with masks.
 """
 
 from typing import Any
@@ -68,9 +71,9 @@ def is_label(labels):
 
 
 @triton.jit
-def is_mask_like(labels):
-    """Where labels are near 0 or 1."""
-    return (labels >= -0.5) & (labels <= 1.5) if labels.dtype.is_floating() else (labels >= 0) & (labels <= 1)
+def are_mask_like(least, most):
+    """Where all labels between these two are near 0 or 1."""
+    return (least >= -0.5) & (most <= 1.5) if least.dtype.is_floating() else tl.minimum(least, 1 - most) >= 0
 
 
 @triton.jit
@@ -99,7 +102,8 @@ def seen_by_pixel(x, p, foreground, y, labels, PIXEL: tl.constexpr):
     return u, w.to(x.dtype)
 
 
-@triton.jit
+# (with a depth that is 1 for a constant, LLVM leaves a byte of stack behind)
+@triton.jit(do_not_specialize=["D"])
 def _activate_kernel(
     x_ptr,  # (B, V) float32 or float64
     labels_ptr,  # (B, V) of any real dtype
@@ -157,7 +161,7 @@ def _activate_kernel(
                 mask_ptr = masks_ptr + sample * D * H * W + voxel
                 tl.store(mask_ptr, foreground, mask=inside)
                 tl.store(mask_ptr + B.to(tl.int64) * D * H * W, y, mask=inside)
-            out |= bits_of_row(foreground & inside, row)
+            out |= tl.where(inside, bits_of_row(foreground, row), 0)
             lab |= bits_of_row(y, row)
         if cells_ptr is not None:
             for side in tl.static_range(2):
@@ -174,17 +178,17 @@ def _activate_kernel(
     tl.store(parts_ptr, both)
     tl.store(parts_ptr + 1, _sum_of(of_u))
     tl.store(parts_ptr + 2, true)
-    healthy = (not_finite == 0) & is_mask_like(least) & is_mask_like(most)
+    healthy = (not_finite == 0) & are_mask_like(least, most)
     if (tl.program_id(0) == 0) & (sample == 0):
         tl.store(health_ptr, 1.0)
-    broken = tl.max(tl.max((~healthy).to(tl.int32), axis=1), axis=0)
+    broken = tl.max(tl.max(1 - healthy.to(tl.int32), axis=1), axis=0)
     tl.store(parts_ptr + COLUMNS, tl.where(broken > 0, float("nan"), 0.0))
 
 
 def _activate(
     x: Tensor, labels: Tensor, masks: Tensor | None, begun: Cells | None, *options: Any
 ) -> tuple[Tensor, Tensor]:
-    """Launch the kernel: what it writes besides masks or cells, the parts of sums and of health; and health, still 1."""
+    """Write masks or cells; the parts of the sums of the pixel term and of health, and health, which is still 1."""
     (batch, *shape), (activation, threshold, pixel, quantity) = x.shape, options
     num_cells = number_of_cells(shape)
     block, tiles = block_size(num_cells, threads(1)), 1 if blocks.INTERPRETED else ACTIVATE_TILES
@@ -203,7 +207,7 @@ def _activate(
 
 
 def launch_activate(x: Tensor, labels: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Foreground and y as one mask (2 B, D, H, W), the parts of the sums of the pixel term and of health, and health."""
+    """Foreground and y as one mask (2 B, D, H, W), the parts of sums and of health, and health, which is still 1."""
     masks = torch.empty((2 * len(x), *x.shape[1:]), dtype=torch.bool, device=x.device)
     return masks, *_activate(x, labels, masks, None, *options)
 

@@ -45,13 +45,22 @@ def node_of(occupancy, z, y, x, H, W):
 
 @triton.jit
 def row_of(z, y, x, here, D, H, W, ROW: tl.constexpr, EVEN: tl.constexpr):
-    """Where the two voxels of a row of each cell lie, and which of them are in the volume: (BLOCK, 2)."""
+    """Where the two voxels of a row of each cell lie, (BLOCK, 2), and which of them are in the volume.
+
+    Cells that are `here` have their first voxel in the volume. Where the width is EVEN, a row is in or out, (BLOCK, 1).
+    """
     side = tl.arange(0, 2)[None, :]
     # (what is a multiple of 2 for the compiler, too, it reads at once)
     width = W // 2 * 2 if EVEN else W
     voxel = (((z + ROW // 2) * H + y + ROW % 2) * width + x)[:, None] + side
-    inside = here & (z + ROW // 2 < D) & (y + ROW % 2 < H)
-    return voxel, inside[:, None] & (x[:, None] + side < width)
+    if ROW // 2 > 0:
+        here = here & (z + 1 < D)
+    if ROW % 2 > 0:
+        here = here & (y + 1 < H)
+    inside = here[:, None]
+    if not EVEN:
+        inside = inside & (x[:, None] + side < W)
+    return voxel, inside
 
 
 @triton.jit

@@ -6,9 +6,10 @@ belongs to the largest row. So a box covers the voxel v where |c - (v + 1)| <= o
 share a voxel only where |c - c'| <= 2 o.
 
 Overlaps: a program takes one row of a side after the other (rows.py); its lanes are the voxels of the row's box, a
-block of them at a time. It goes over the larger rows of the same side in blocks, and while any of their centres are near enough,
-takes the largest such row, drops the voxels that its box covers, and goes on with smaller rows, until no voxel is left.
-Voxels that are left are owned. The same walk over all rows of the other side leaves those of them that are outside.
+block of them at a time. It goes over the larger rows of the same side in blocks, and while any of their centres are
+near enough, takes the largest such row, drops the voxels that its box covers, and goes on with smaller rows, until no
+voxel is left. Voxels that are left are owned. The same walk over all rows of the other side leaves those of them that
+are outside.
 
 Volumes: each voxel of a box is raised to the row of the instance (atomic_max), in one map for the outputs and one for
 the labels of each sample.

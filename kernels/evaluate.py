@@ -71,9 +71,7 @@ def launch_evaluate_backward(
     """Gradients of z and of the values of the criterion."""
     slopes, of_samples, pairs, touched = kept
     of_terms = grad_terms, grad_sum, tuple(weights)
-    of_mistakes, *grads = launch_terms_backward(
-        *of_terms, slopes, of_samples, counts, pairs, masses, flows, mistakes
-    )
+    of_mistakes, *grads = launch_terms_backward(*of_terms, slopes, of_samples, counts, pairs, masses, flows, mistakes)
     where = x, labels, sites, touched, counts
     grad_x = launch_sum_instances_backward(
         of_mistakes, slopes, *grads, *where, activation, quantity, no_tp, pixel, pixel_quantity, mistakes

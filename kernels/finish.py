@@ -1,8 +1,8 @@
 """What `find` ends with: counts of each sample, and what the parts of activation.py add up to.
 
-Kept are the first outputs, none if there are more than so many for each label. Health is 1 until a sample is broken; its
-part makes it NaN. It is part of the kernel that comes last: that of cells (numbering.py) or, on other ways, one of its
-own (instances.py). Deterministic: parts are added in a fixed order. Bytes a voxel: 1/16 of parts.
+Kept are the first outputs, none if there are more than so many for each label. Health is 1 until a sample is broken,
+whose parts make it NaN. This is done in the kernel that comes last: that of cells (numbering.py) or, on other ways, one
+of its own (instances.py). Deterministic: parts are added in a fixed order. Bytes a voxel: 1/16 of parts.
 """
 
 from typing import NamedTuple

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import checks, ops
+from .. import checks
 from .activation import launch_activate, launch_activate_cells
 from .blocks import block_size
 from .components import find_instances, instances_of, launch_number_instances

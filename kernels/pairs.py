@@ -15,7 +15,6 @@ tables.py have written a part each. Deterministic: everything is added in a fixe
 row of a kept output and each row of a label, a few times.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor

@@ -7,7 +7,8 @@ diag the diagonal of the smallest box around both,
     DIoU = 1 - |A n B| / |A u B| + d^2 / (diag^2 + 1e-7).
 
 A side without instances is one box [q - 1, q + 1), q = dim // 2, in the middle. A program takes one row of a side
-after the other (rows.py) and goes over the rows of the other side in blocks, up to the counts, which only the device knows.
+after the other (rows.py) and goes over the rows of the other side in blocks, up to the counts, which only the device
+knows.
 DIoU is symmetric to the last bit as computed here, so one launch serves both sides.
 
 Backward: none, DIoU is a constant. Deterministic: minima. Bytes a voxel: none; 48 for each row and each row it is

@@ -9,10 +9,10 @@ At a voxel: a the activated output, y its label, o and l the rows of its output 
 
 with e = phi(a s, 0) [y = 0], s = a held constant, c = phi(a, 1); without no_tp e = phi(a, 0), c = phi(a, 1) - phi(a,
 0). All voxels of a block with the same pair (o, l) go the same way, so the block adds up by pairs: while lanes
-remain, take the largest pair, reduce a, phi(a, 0), phi(a, 1) and e over its lanes (for a hard output count them, as all
-are alike), send scalar atomics to both rows, drop those lanes. If the pair touches, it is noted (pairs.py), and a second kernel adds what rows that touch bring each
-other. Before both, rows.py clears the rows that are used, and the pairs. Outputs beyond the tables, the rest, leave
-but a flag each: whether they touch a label.
+remain, take the largest pair, reduce a, phi(a, 0), phi(a, 1) and e over its lanes (of a hard output all are alike, and
+need only be counted), send scalar atomics to both rows, drop those lanes. If the pair touches, it is noted (pairs.py),
+and a second kernel adds what rows that touch bring each other. Before both, rows.py clears the rows that are used, and
+the pairs. Outputs beyond the tables, the rest, leave but a flag each: whether they touch a label.
 
 Backward, G the gradients of the tables, phi' the derivative in a, F the gradient of a false output, M that of a missed
 label, over their sizes (both 0 for all other instances; but where it is that of a mean, MASS has it already):
@@ -329,9 +329,8 @@ def _sum_instances_backward_kernel(
             false += _of_mistakes(row_ptr, out, capacity, grad_mistakes_ptr)
             row_ptr += B.to(tl.int64) * capacity * SLOPES_COLUMNS
             missed += _of_mistakes(row_ptr, lab, capacity, grad_mistakes_ptr + 1)
-        if MISTAKES != NO_GRADIENT:
-            if tl.max(out, axis=0) > capacity:
-                false += _of_rest(out, sample, sample_ptr, rest_sizes_ptr, touched_ptr, capacity, rest)
+        if MISTAKES != NO_GRADIENT and tl.max(out, axis=0) > capacity:
+            false += _of_rest(out, sample, sample_ptr, rest_sizes_ptr, touched_ptr, capacity, rest)
     if MISTAKES == OF_MEAN:
         grad += false
     if PIXEL != NOT_FUSED:

@@ -389,14 +389,6 @@ def _terms_backward_kernel(
         by_distance *= tl.load(sample_slopes_ptr + BY_DISTANCE)
         out, lab = sample * capacity, (B + sample) * capacity  # first rows
         outputs, labels = tl.minimum(outputs, capacity), tl.minimum(labels, capacity)
-        _spread_over_rows(
-            slopes_ptr, grad_sums_ptr, out, outputs, by_center, by_false, by_output, -by_distance,
-            MASSES, VALUES, MISTAKES, BLOCK,
-        )  # fmt: skip
-        _spread_over_rows(
-            slopes_ptr, grad_sums_ptr, lab, labels, by_center, by_missed, by_label, by_distance,
-            MASSES, VALUES, MISTAKES, BLOCK,
-        )  # fmt: skip
         for row in range(tl.program_id(0), outputs, tl.num_programs(0)):
             brought = tl.zeros((BLOCK,), tl.float64)
             if VALUES:
@@ -408,6 +400,14 @@ def _terms_backward_kernel(
                     brought += value * tl.load(row_ptr + BY_PREDICTION, mask=here, other=0.0)
             tl.store(grad_excess_ptr + out + row, tl.sum(brought, axis=0))
 
+        _spread_over_rows(
+            slopes_ptr, grad_sums_ptr, out, outputs, by_center, by_false, by_output, -by_distance,
+            MASSES, VALUES, MISTAKES, BLOCK,
+        )  # fmt: skip
+        _spread_over_rows(
+            slopes_ptr, grad_sums_ptr, lab, labels, by_center, by_missed, by_label, by_distance,
+            MASSES, VALUES, MISTAKES, BLOCK,
+        )  # fmt: skip
         if tl.program_id(0) == 0:
             tl.store(grad_mistakes_ptr, by_false)  # the same of every sample
             tl.store(grad_mistakes_ptr + 1, by_missed)

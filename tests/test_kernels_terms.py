@@ -144,7 +144,7 @@ def with_mistakes(grad, slopes, grads):
 
 
 def assert_excess(grad, slopes, counts):
-    """The gradient of the excess of outputs is that of COST of all labels that they touch; with that of a mean in MASS."""
+    """The gradient of the excess of outputs is that of COST of labels that they touch. MASS has that of a mean."""
     generator, batch = torch.Generator().manual_seed(0), counts.shape[1]
     touches = torch.rand((batch, ROWS, ROWS), generator=generator) < 0.4
     pairs = torch.zeros((batch, 4 * ROWS * ROWS), dtype=torch.int64)
