@@ -213,6 +213,19 @@ def test_func_grad_is_backward(call, backend):
     assert torch.equal(back(torch.ones_like(value))[0], truth)
 
 
+@pytest.mark.parametrize("max_cc_out", [1, 40])
+def test_func_grad_beyond_the_cap(max_cc_out, backend):
+    """More voxels than `max_cc_out` are foreground, as in any patch of ordinary size; and more instances."""
+    outputs, labels = (tensor.to(backend) for tensor in batch((9, 10, 8)))
+    loss = WeightedSum(InstanceLoss(rate_instead_number=True, max_cc_out=max_cc_out))
+    x = outputs.clone().requires_grad_()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        grad = torch.func.grad(loss)(outputs, labels)
+    assert any("max_cc_out=1 are used" in str(each.message) for each in caught) == (max_cc_out == 1)
+    assert torch.equal(grad, torch.autograd.grad(loss(x, labels), x)[0])
+
+
 @losses
 def test_func_grad_of_slow_criteria(call):
     """Of the values that a criterion gives, and through a network."""

@@ -161,11 +161,11 @@ def _look_at_cross_entropy(x: Tensor, options: Options) -> None:
 
 def _say_what_is_capped(found: Found, options: Options) -> None:
     """Warn once where `max_cc_out` leaves out outputs, if looking is free."""
-    most = found.geometry.shape[1] + found.sites[1].shape[1]  # outputs in a sample
-    if options.max_cc_out == 0 or most <= options.max_cc_out or not checks.debugging(found.counts):
+    if options.max_cc_out == 0 or not checks.debugging(found.counts):
         return
-    outputs, kept, _ = found.counts.cpu().numpy()
-    if outputs.max() <= options.max_cc_out:
+    # (no NumPy here: under torch.func there is no memory to share)
+    outputs, kept = found.counts[ops.OUTPUTS], found.counts[ops.KEPT]
+    if int(outputs.max()) <= options.max_cc_out:  # what it nearly always is
         return
     capped = outputs[(kept == options.max_cc_out) & (outputs > kept)]
     if len(capped) > 0:
