@@ -161,7 +161,8 @@ def _look_at_cross_entropy(x: Tensor, options: Options) -> None:
 
 def _say_what_is_capped(found: Found, options: Options) -> None:
     """Warn once where `max_cc_out` leaves out outputs, if looking is free."""
-    if options.max_cc_out == 0 or not checks.debugging(found.counts):
+    most = found.geometry.shape[1] + found.sites[1].shape[1]  # there cannot be more: rows and rest, or voxels
+    if options.max_cc_out == 0 or most <= options.max_cc_out or not checks.debugging(found.counts):
         return
     # (no NumPy here: under torch.func there is no memory to share)
     outputs, kept = found.counts[ops.OUTPUTS], found.counts[ops.KEPT]
