@@ -12,29 +12,28 @@ import argparse
 import importlib
 import os
 import pkgutil
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)
 
-import numpy as np
 import torch
 from monai.losses import DiceLoss
+from triton.runtime import driver
 
 import triton_instance_loss
 from triton_instance_loss import InstanceLoss, WeightedSum, connected_components, ops
 from triton_instance_loss.metrics import instance_metrics
 
 from . import measure, run
+from .absent_gpu import AbsentGpu
 from .entry import SEED
 from .measure import Row
 
 SIDE = 8
-ROUNDS = 200
-CAPABILITY = 90  # sm_90, an H100's
+YARDSTICK = "MONAI DiceLoss"
+SECONDS = 0.5  # a provider; or as many rounds as there are at most
 
 launched: list[str] = []
 
@@ -49,44 +48,9 @@ class _Launcher:
         launched.append(self.name)
 
 
-class _Utils:
-    """What Triton asks about a device."""
-
-    def get_device_properties(self, device: int) -> dict[str, int]:
-        """An H100's."""
-        return {"max_shared_mem": 232448, "multiprocessor_count": 132, "warpSize": 32}
-
-    def load_binary(self, *_: Any) -> tuple[int, ...]:
-        """There is nothing to load."""
-        return 1, 1, 32, 0, 1024
-
-    def unload_module(self, module: Any) -> None:
-        """There is nothing to unload."""
-
-
-class _Driver:
-    """A driver of a GPU that is not there."""
-
-    utils, launcher_cls = _Utils(), _Launcher
-    get_current_device = staticmethod(lambda: 0)
-    get_current_stream = staticmethod(lambda device: 0)
-    get_active_torch_device = staticmethod(lambda: torch.device("cpu"))
-    get_device_interface = staticmethod(lambda: torch.cuda)
-    map_python_to_cpp_type = staticmethod(lambda kind: kind)
-
-    @staticmethod
-    def get_current_target() -> Any:
-        """What to compile for."""
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", CAPABILITY, 32)
-
-
 def pretend() -> None:
     """From here on, kernels go to a GPU that is not there; what they would write stays as it was."""
-    from triton.runtime import driver
-
-    driver.set_active(_Driver())
+    driver.set_active(AbsentGpu(_Launcher))
     kernels = importlib.import_module("triton_instance_loss.kernels")
     for room in pkgutil.iter_modules(kernels.__path__):
         importlib.import_module(f"{kernels.__name__}.{room.name}")
@@ -114,7 +78,7 @@ def providers(side: int) -> dict[str, Callable[[], Any]]:
     dice = DiceLoss()
     weighted = WeightedSum(InstanceLoss(rate_instead_number=True), proximity=0.1)
     return {
-        "MONAI DiceLoss": step(dice),
+        YARDSTICK: step(dice),
         "InstanceLoss, defaults": step(InstanceLoss()),
         "InstanceLoss, MONAI criteria": step(InstanceLoss(dice, dice, dice)),
         "WeightedSum": step(weighted),
@@ -123,45 +87,33 @@ def providers(side: int) -> dict[str, Callable[[], Any]]:
     }
 
 
-def table(side: int = SIDE, rounds: int = ROUNDS) -> list[Row]:
+def table(side: int = SIDE, seconds: float = SECONDS) -> list[Row]:
     """One row a provider; call `pretend` first, in a process that has not imported our kernels before."""
-    calls = providers(side)
-    launches, times = {}, {name: [] for name in calls}  # type: ignore[var-annotated]
+    calls, launches = providers(side), {}
     for name, call in calls.items():
-        for _ in range(measure.WARM_UP + 1):  # compiles
-            launched.clear()
-            call()
+        call()  # compiles
+        launched.clear()
+        call()
         launches[name] = len(launched)
-    for _ in range(rounds):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            times[name].append((time.perf_counter() - start) * 1e6)
-    yardstick = next(iter(times.values()))
-    rows = []
-    for name, spent in times.items():
-        low, middle, high = np.percentile(np.divide(spent, yardstick), (20, 50, 80))
-        ratio = statistics.median(spent) / statistics.median(yardstick)
-        row = {"entry": "host", "case": f"2 x {side}^3", "provider": name, "launches": launches[name]}
-        row |= {"median_us": round(statistics.median(spent), 1), "ratio": round(ratio, 3)}
-        rows.append(row | {"ratio_p20": round(low, 3), "ratio_p50": round(middle, 3), "ratio_p80": round(high, 3)})
-    return rows
+    timed = measure.summary(measure.in_turns(calls, torch.device("cpu"), seconds), YARDSTICK)
+    common = {"entry": "host", "case": f"2 x {side}^3"}
+    return [{**common, "provider": name, "launches": launches[name], **row} for name, row in timed.items()]
 
 
 def main(given: list[str] | None = None) -> None:
     """Print, store."""
     parser = argparse.ArgumentParser(prog="python -m bench.host", description=__doc__.split("\n")[0])
     parser.add_argument("--side", type=int, default=SIDE, help="of the volumes, in voxels")
-    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="for each of what is timed")
     parser.add_argument("--out", type=Path, metavar="FILE", help="rows are appended to it")
     options = parser.parse_args(given)
     measure.use_threads(1)
     surroundings = measure.surroundings(torch.device("cpu"))
     pretend()
-    rows = table(options.side, options.rounds)
+    rows = table(options.side, options.seconds)
     for row in rows:
         print(
-            f"{row['provider']:30} {row['median_us']:7.0f} us  x {row['ratio']:.2f} "
+            f"{row['provider']:30} {row['median_ms'] * 1e3:7.0f} us  x {row['ratio']:.2f} "
             f"[{row['ratio_p20']:.2f} .. {row['ratio_p80']:.2f}]  {row['launches']:3} launches"
         )
     if options.out is not None:

@@ -13,15 +13,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 import triton
 import triton.language as tl
-from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
+from bench.absent_gpu import AbsentGpu
 
-class Device:
-    """Which device and stream are current, and what was launched: (stream, compiled code, arguments)."""
-
-    index, stream = 0, 0
-    launched: list = []  # noqa: RUF012
+launched = []  # places, stream, compiled code, arguments
 
 
 class Launcher:
@@ -32,37 +28,11 @@ class Launcher:
 
     def __call__(self, x, y, z, stream, function, metadata, launch_metadata, enter, leave, *arguments):
         """Note a launch."""
-        Device.launched.append(((x, y, z), stream, self.hash, arguments))
+        launched.append(((x, y, z), stream, self.hash, arguments))
 
 
-class Utils:
-    """What Triton asks about a device."""
-
-    def get_device_properties(self, device):
-        """An H100's."""
-        return {"max_shared_mem": 232448, "multiprocessor_count": 132, "warpSize": 32}
-
-    def load_binary(self, *_):
-        """Nothing to load; Triton 3.2 and 3.3 don't ask how many threads there may be."""
-        return (1, 1, 32, 0, 1024)[: 4 if launches._VERSION < (3, 4) else 5]
-
-    def unload_module(self, module):
-        """Nothing to unload."""
-
-
-class Driver:
-    """A driver of a GPU that is not there."""
-
-    utils, launcher_cls = Utils(), Launcher
-    get_current_device = staticmethod(lambda: Device.index)
-    get_current_stream = staticmethod(lambda device: Device.stream)
-    get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
-    get_active_torch_device = staticmethod(lambda: torch.device("cpu"))
-    get_device_interface = staticmethod(lambda: torch.cuda)
-    map_python_to_cpp_type = staticmethod(lambda kind: kind)
-
-
-driver.set_active(Driver())
+GPU = AbsentGpu(Launcher)
+driver.set_active(GPU)
 from triton_instance_loss.kernels import launches  # noqa: E402
 
 prepared = []  # launches that Triton prepared itself
@@ -88,9 +58,9 @@ def _add_kernel(number: tl.int64, x_ptr, y_ptr, size, BLOCK: tl.constexpr):
 def add(x, y, size=64, number=5, block=32, grid=(2,)):
     """Launch it: how many launches Triton prepared, and what arrived at the driver."""
     prepared.clear()
-    Device.launched.clear()
+    launched.clear()
     launches.launch(_add_kernel, grid, x, y, size, block, values=(number,))
-    ((places, stream, code, arguments),) = Device.launched
+    ((places, stream, code, arguments),) = launched
     return len(prepared), places, stream, code, arguments
 
 
@@ -140,17 +110,17 @@ def sizes_are_seen_as_triton_sees_them():
 
 def streams_are_asked_for_each_time():
     add(X, Y)
-    Device.stream = 7
+    GPU.stream = 7
     assert add(X, Y)[:3] == (0, (2, 1, 1), 7)
-    Device.stream = 0
+    GPU.stream = 0
 
 
 def devices_have_kernels_of_their_own():
     add(X, Y)
-    Device.index = 1
+    GPU.device = 1
     assert add(X, Y)[0] == 1
     assert add(X, Y)[0] == 0
-    Device.index = 0
+    GPU.device = 0
 
 
 def profilers_hear_of_launches():

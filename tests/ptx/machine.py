@@ -33,6 +33,8 @@ import numpy as np
 import torch
 from ptx import Program, PtxError
 
+from bench.absent_gpu import AbsentGpu
+
 HERE = Path(__file__).parent
 BUILD = HERE.parents[1] / "build/ptx"
 COMPILER = shutil.which("gcc")
@@ -155,54 +157,17 @@ class Launcher:
         MACHINE.launch(self.name, self.ptx, grid, self.metadata.num_warps, self.metadata.shared, values, storages)
 
 
-class Utils:
-    """What Triton asks a driver about its device."""
-
-    def get_device_properties(self, device):
-        """Of an H100."""
-        return {"max_shared_mem": 232448, "multiprocessor_count": 132, "warpSize": 32}
-
-    def load_binary(self, name, kernel, shared, device):
-        """Module, function, registers, spills, threads of a block at most."""
-        return 1, 1, 32, 0, 1024
-
-    def unload_module(self, module):
-        """Nothing was loaded."""
-
-
-class Driver:
-    """A driver of the machine."""
-
-    utils, launcher_cls = Utils(), Launcher
+class Driver(AbsentGpu):
+    """A driver of the machine, which has one device for each architecture: Triton keeps what it compiled by device."""
 
     def get_current_device(self):
-        """One for each architecture, since Triton keeps what it has compiled by device."""
+        """That of the architecture."""
         return MACHINE.arch
-
-    def get_current_stream(self, device=None):
-        """The only one."""
-        return 0
-
-    def set_current_device(self, device):
-        """Tensors are on the CPU."""
-
-    def get_active_torch_device(self):
-        """Where tensors lie."""
-        return torch.device("cpu")
-
-    def get_device_interface(self):
-        """What Triton would time with."""
-        return torch.cuda
-
-    def map_python_to_cpp_type(self, kind):
-        """As it is."""
-        return kind
 
     def get_current_target(self):
         """What to compile for."""
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", MACHINE.arch, 32)
+        self.capability = MACHINE.arch
+        return super().get_current_target()
 
 
 def install():
@@ -210,7 +175,7 @@ def install():
     from triton.backends.nvidia.compiler import CUDABackend
     from triton.runtime import driver
 
-    driver.set_active(Driver())
+    driver.set_active(Driver(Launcher))
     # PTX is all that is wanted: ptxas takes a third of the time.
     CUDABackend.make_cubin = lambda self, ptx, metadata, *rest: b"none"
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
