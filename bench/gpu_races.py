@@ -15,7 +15,6 @@ from torch import Tensor
 from triton_instance_loss import InstanceLoss, connected_components, ops
 from triton_instance_loss.activation import to_volume
 from triton_instance_loss.components import capacity_bound
-from triton_instance_loss.instances import first_rows
 
 from . import labelling
 from .cases import Inputs, checkerboard, comb, lesions, noise, spirals
@@ -60,7 +59,7 @@ def repeat_labelling(mask: Tensor, device: torch.device, repeats: int, until: fl
     wrong, done = torch.zeros((), dtype=torch.long, device=device), 0
     while done < repeats and (done == 0 or time.monotonic() < until):
         ids, rows, counts, geometry = ops.components(there, 0), *ops.find_instances(there, *search)
-        used = first_rows(counts, geometry.shape[1])[..., None]  # other rows hold anything
+        used = ops.first_rows(counts, geometry.shape[1])[..., None]  # other rows hold anything
         answers = [ids, rows, counts, torch.where(used, geometry, expected[-1])]
         differs = [(ours != theirs).any() for ours, theirs in zip(answers, expected, strict=True)]
         wrong += torch.stack(differs).any()

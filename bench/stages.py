@@ -14,7 +14,7 @@ And of the step as a whole the most memory that it holds at once, beyond its inp
 
 import argparse
 import contextlib
-import importlib.util
+import importlib
 import itertools
 import os
 import sys
@@ -79,7 +79,7 @@ def _watched(begin: Begin) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         # (sums are a stage inside of the operator that evaluates the terms, in either backend)
         sums = [(cpu_evaluate, "sum_instances")]
-        if importlib.util.find_spec("triton") is not None:
+        if ops._TRITON_IS_INSTALLED:
             sums.append((importlib.import_module("triton_instance_loss.kernels.evaluate"), "launch_sum_instances"))
         for owner, attribute, name in ((functional, "find", "find"), *((*each, "sums") for each in sums)):
             stack.enter_context(mock.patch.object(owner, attribute, announce(name, getattr(owner, attribute))))

@@ -29,11 +29,6 @@ class Found(NamedTuple):
     pairs: int  # how many slots the pairs (kept output, label) that touch need
 
 
-def first_rows(counts: Tensor, rows: int) -> Tensor:
-    """(B,) -> (B, rows) bool: True in the first `counts` rows of each sample."""
-    return torch.arange(rows, device=counts.device) < counts[:, None]
-
-
 def find(x: Tensor, labels: Tensor, cc_label_batch: Tensor | None, pixel: tuple[int, int], options: Options) -> Found:
     """Label both volumes, number and measure their instances, and decide which outputs are kept.
 

@@ -120,17 +120,7 @@ class _Family(_Loss):
         names: Collection[str],
     ) -> dict[str, Tensor]:
         """Only the terms `names`, by name, in the order of the terms."""
-        return evaluate_terms(
-            outputs,
-            labels,
-            cc_label_batch,
-            ignore_mask,
-            self.options,
-            names,
-            pixel=self.loss_function_pixel,
-            instance=self.loss_function_instance,
-            center=self.loss_function_center,
-        )
+        return evaluate_terms(outputs, labels, cc_label_batch, ignore_mask, self.options, names, **self._criteria())
 
     def evaluate_sum(
         self,
@@ -141,17 +131,14 @@ class _Family(_Loss):
         weights: Mapping[str, float],
     ) -> tuple[Tensor | None, dict[str, Tensor]]:
         """The weighted sum of the terms named in `weights`, None if there are none, and these terms, detached."""
-        return evaluate_sum(
-            outputs,
-            labels,
-            cc_label_batch,
-            ignore_mask,
-            self.options,
-            weights,
-            pixel=self.loss_function_pixel,
-            instance=self.loss_function_instance,
-            center=self.loss_function_center,
-        )
+        return evaluate_sum(outputs, labels, cc_label_batch, ignore_mask, self.options, weights, **self._criteria())
+
+    def _criteria(self) -> dict[str, Criterion | None]:
+        return {
+            "pixel": self.loss_function_pixel,
+            "instance": self.loss_function_instance,
+            "center": self.loss_function_center,
+        }
 
     def edit_parameters(self, **changes: Any) -> None:
         """Change any of the arguments of the class, with the same checks; nothing changes if one is not allowed.

@@ -9,7 +9,7 @@ from torch import Tensor
 from . import checks, ops, quantities
 from .activation import Given, check_and_widen, health_of, to_activate, to_compare, to_volume
 from .components import rows_of_tables
-from .instances import Found, find, first_rows
+from .instances import Found, find
 from .options import Options
 
 
@@ -195,7 +195,7 @@ def _match_by_overlap(x: Tensor, found: Found) -> _Matches:
     )
     out, lab = sums.chunk(2)
     sizes = found.geometry[len(x) :, :, ops.SIZE]
-    out_used, lab_used = (first_rows(found.counts[side], out.shape[1]) for side in (ops.OUTPUTS, ops.LABELS))
+    out_used, lab_used = (ops.first_rows(found.counts[side], out.shape[1]) for side in (ops.OUTPUTS, ops.LABELS))
     detected = lab_used & (lab[..., ops.TOUCHED] > 0)
     correct = out_used & (out[..., ops.OVERLAP] > 0)
     return _summed(detected, correct, lab[..., ops.TOUCHED], sizes + lab[..., ops.COST])
@@ -226,7 +226,7 @@ def _match_by_iou(x: Tensor, found: Found, threshold: float) -> _Matches:
     pair = keys.gather(1, middle.clamp(max=keys.shape[1] - 1))
     shared = torch.searchsorted(keys, pair, right=True) - torch.searchsorted(keys, pair)
     label = pair - base * torch.arange(1, rows + 1, device=x.device)
-    used = first_rows(found.counts[ops.OUTPUTS], rows) & (label > 0) & (label < base)
+    used = ops.first_rows(found.counts[ops.OUTPUTS], rows) & (label > 0) & (label < base)
     sizes = out_sizes + lab_sizes.gather(1, label.clamp(1, rows) - 1)
     matched = used & (shared / (sizes - shared) > threshold)
     return _summed(matched, matched, shared, sizes)

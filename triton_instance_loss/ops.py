@@ -189,7 +189,7 @@ def _implementation(chosen: str, name: str) -> Any:
 
 def _dispatch(name: str) -> Any:
     def run(*args: Any) -> Any:
-        first: Tensor = args[0] if isinstance(args[0], Tensor) else args[2]
+        first: Tensor = next(arg for arg in args if isinstance(arg, Tensor))
         answer = _implementation(backend(first), name)
         if first.device.type == "cpu" or first.device.index == torch.cuda.current_device():
             return answer(*args)
@@ -337,6 +337,11 @@ def reach_of_boxes(shape: list[int], planar: bool, offset: float) -> list[int]:
     return [1, *reach] if planar else reach
 
 
+def first_rows(counts: Tensor, rows: int) -> Tensor:
+    """(B,) -> (B, rows) bool: True in the first `counts` rows of each sample."""
+    return torch.arange(rows, device=counts.device) < counts[:, None]
+
+
 def gradient_of_values(grad_terms: Tensor, slopes: Tensor, sample_slopes: Tensor, counts: Tensor) -> Tensor:
     """Gradient of the criterion of each instance, where it was given, from that of the terms (7,)."""
     by_output = grad_terms[INSTANCE_OUTPUT] * sample_slopes[:, BY_OUTPUT]
@@ -344,8 +349,7 @@ def gradient_of_values(grad_terms: Tensor, slopes: Tensor, sample_slopes: Tensor
     by_distance = grad_terms[PROXIMITY] * sample_slopes[:, BY_DISTANCE]
     by_value, by_distance = torch.cat((by_output, by_label)), torch.cat((-by_distance, by_distance))
     gradient = by_value[:, None] + by_distance[:, None] * slopes[..., DISTANCE]
-    used = torch.arange(slopes.shape[1], device=slopes.device) < counts[KEPT:].flatten().clamp(min=1)[:, None]
-    return torch.where(used, gradient, 0.0)
+    return torch.where(first_rows(counts[KEPT:].flatten().clamp(min=1), slopes.shape[1]), gradient, 0.0)
 
 
 for _name, _schema in _SCHEMAS.items():
