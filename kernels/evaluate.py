@@ -3,7 +3,6 @@
 They are made of launches of other rooms, one after the other.
 """
 
-import torch
 from torch import Tensor
 
 from .. import ops
@@ -11,7 +10,7 @@ from ..ratios import numbers
 from .centers import launch_center_overlaps
 from .proximity import launch_proximity_minima
 from .tables import launch_sum_instances, launch_sum_instances_backward
-from .terms import add_up, spread
+from .terms import launch_terms, launch_terms_backward
 
 
 def launch_evaluate(
@@ -46,7 +45,7 @@ def launch_evaluate(
         distances = launch_proximity_minima(geometry, counts, shape, planar)
     of_criteria = numbers(tuple(criteria), shape[0] * shape[1] * shape[2], batch, classes)
     results = sums, sample_sums, pixel_sums, health, counts, geometry, owned, distances, values, totals
-    terms, total, *slopes = add_up(results, of_criteria, tuple(weights), x.dtype, classes, reduction, rates)
+    terms, total, *slopes = launch_terms(*results, of_criteria, classes, reduction, rates, tuple(weights), x.dtype)
     return terms, total, [*slopes, *touching]
 
 
@@ -71,16 +70,11 @@ def launch_evaluate_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of z and of the values of the criterion."""
     slopes, of_samples, pairs, touched = kept
-    of_mistakes, *grads = spread(grad_terms, grad_sum, tuple(weights), slopes, of_samples, counts, masses, flows)
+    each, *grads = launch_terms_backward(
+        grad_terms, grad_sum, tuple(weights), slopes, of_samples, counts, masses, flows
+    )
     where = x, labels, sites, pairs, touched, counts
     grad_x = launch_sum_instances_backward(
-        of_mistakes, slopes, *grads, *where, activation, quantity, no_tp, pixel, pixel_quantity, mistakes
+        each, slopes, *grads, *where, activation, quantity, no_tp, pixel, pixel_quantity, mistakes
     )
-    if not values:
-        return grad_x, slopes.new_empty(0)
-    grad = slopes.new_zeros(ops.PROXIMITY + 1)
-    if grad_terms is not None:
-        grad += grad_terms
-    if grad_sum is not None:
-        grad += grad_sum * torch.tensor(weights, dtype=grad.dtype, device=grad.device)
-    return grad_x, ops.gradient_of_values(grad, slopes, of_samples, counts)
+    return grad_x, ops.gradient_of_values(each, slopes, of_samples, counts) if values else slopes.new_empty(0)

@@ -68,6 +68,8 @@ SAMPLE_GRADIENT_COLUMNS: tl.constexpr = tl.constexpr(ops.SAMPLE_GRADIENT_COLUMNS
 WHOLE_GRADIENT_COLUMNS: tl.constexpr = tl.constexpr(ops.WHOLE_GRADIENT_COLUMNS)
 BY_REST: tl.constexpr = tl.constexpr(ops.BY_REST)
 BY_FALSE: tl.constexpr = tl.constexpr(ops.BY_FALSE)
+FALSE_INSTANCES: tl.constexpr = tl.constexpr(ops.FALSE_INSTANCES)
+MISSED_INSTANCES: tl.constexpr = tl.constexpr(ops.MISSED_INSTANCES)
 SLOPES_COLUMNS: tl.constexpr = tl.constexpr(ops.SLOPES_COLUMNS)
 HARD: tl.constexpr = tl.constexpr(ops.HARD)
 NO_GRADIENT: tl.constexpr = tl.constexpr(ops.NO_GRADIENT)
@@ -246,16 +248,14 @@ def _of_instances(
 
 
 @triton.jit
-def _of_mistakes(
-    out, lab, sample, grad_mistakes_ptr, slopes_ptr, sample_ptr, rest_sizes_ptr, touched_ptr, capacity, rest
-):
+def _of_mistakes(out, lab, sample, grad_terms_ptr, slopes_ptr, sample_ptr, rest_sizes_ptr, touched_ptr, capacity, rest):
     """Gradients of false and of missed instances at their voxels."""
     in_out, in_lab = (out > 0) & (out <= capacity), (lab > 0) & (lab <= capacity)
     out_row, lab_row = sample * capacity + out - 1, (tl.num_programs(1) + sample) * capacity + lab - 1
     false = tl.load(slopes_ptr + out_row * SLOPES_COLUMNS + BY_FALSE, mask=in_out, other=0.0)
     missed = tl.load(slopes_ptr + lab_row * SLOPES_COLUMNS + BY_FALSE, mask=in_lab, other=0.0)
-    false *= tl.load(grad_mistakes_ptr)
-    missed *= tl.load(grad_mistakes_ptr + 1)
+    false *= tl.load(grad_terms_ptr + FALSE_INSTANCES)
+    missed *= tl.load(grad_terms_ptr + MISSED_INSTANCES)
     in_rest = (out > capacity) & (out <= capacity + rest)
     row = sample * rest + out - capacity - 1
     size = tl.load(rest_sizes_ptr + row, mask=in_rest, other=1)
@@ -266,7 +266,7 @@ def _of_mistakes(
 
 @triton.jit
 def _sum_instances_backward_kernel(
-    grad_mistakes_ptr,  # (2,) float64: of false and of missed instances
+    grad_terms_ptr,  # (7,) float64
     slopes_ptr,  # (2 B, capacity, 5) float64
     grad_sums_ptr,  # (2 B, capacity, 3) float64
     grad_excess_ptr,  # (B, capacity) float64
@@ -313,7 +313,7 @@ def _sum_instances_backward_kernel(
         )  # fmt: skip
         if MISTAKES != NO_GRADIENT:
             false, missed = _of_mistakes(
-                out, lab, sample, grad_mistakes_ptr, slopes_ptr, sample_ptr, rest_sizes_ptr, touched_ptr, capacity, rest
+                out, lab, sample, grad_terms_ptr, slopes_ptr, sample_ptr, rest_sizes_ptr, touched_ptr, capacity, rest
             )
     if MISTAKES == OF_MEAN:
         grad += false + missed
@@ -375,7 +375,7 @@ def launch_sum_instances(
 
 
 def launch_sum_instances_backward(
-    grad_mistakes: Tensor,
+    grad_terms: Tensor,
     slopes: Tensor,
     grad_sums: Tensor,
     grad_sample_sums: Tensor,
@@ -401,7 +401,7 @@ def launch_sum_instances_backward(
     grad_excess = sum_neighbours_backward(pairs, grad_sums, counts)
     block = block_size(num_voxels, GRADIENT_BLOCK)
     launch(_sum_instances_backward_kernel, (cut(num_voxels, block), batch),
-        grad_mistakes, slopes, grad_sums, grad_excess, grad_sample_sums, grad_pixel_sums, x, labels, *sites,
+        grad_terms, slopes, grad_sums, grad_excess, grad_sample_sums, grad_pixel_sums, x, labels, *sites,
         touched, counts, grad_x, num_voxels, capacity, touched.shape[1],
         quantity, no_tp, activation, pixel, pixel_quantity if pixel != ops.NOT_FUSED else 0, mistakes, block,
         num_warps=GRADIENT_WARPS,

@@ -312,7 +312,7 @@ def _terms_backward_kernel(
     grad_sums_ptr,  # (2 B, capacity, 3) float64
     grad_sample_sums_ptr,  # (B, 3) float64
     grad_pixel_sums_ptr,  # (B, 2) float64
-    grad_mistakes_ptr,  # (2,) float64: of false and of missed instances
+    grad_each_ptr,  # (7,) float64: of each term, with its share of the total's
     capacity,
     MASSES: tl.constexpr,
     VALUES: tl.constexpr,
@@ -321,22 +321,24 @@ def _terms_backward_kernel(
     sample = tl.program_id(1).to(tl.int64)
     B = tl.num_programs(1)
     sample_slopes_ptr += sample * SAMPLE_SLOPES_COLUMNS
+    by_pixel = _gradient_of(grad_terms_ptr, grad_total_ptr, weight_0, PIXEL)
+    by_label = _gradient_of(grad_terms_ptr, grad_total_ptr, weight_1, INSTANCE_LABEL)
+    by_output = _gradient_of(grad_terms_ptr, grad_total_ptr, weight_2, INSTANCE_OUTPUT)
     by_center = _gradient_of(grad_terms_ptr, grad_total_ptr, weight_3, CENTER)
-    by_distance = _gradient_of(grad_terms_ptr, grad_total_ptr, weight_6, PROXIMITY) * tl.load(
-        sample_slopes_ptr + BY_DISTANCE
-    )
+    by_false = _gradient_of(grad_terms_ptr, grad_total_ptr, weight_4, FALSE_INSTANCES)
+    by_missed = _gradient_of(grad_terms_ptr, grad_total_ptr, weight_5, MISSED_INSTANCES)
+    by_proximity = _gradient_of(grad_terms_ptr, grad_total_ptr, weight_6, PROXIMITY)
+    by_distance = by_proximity * tl.load(sample_slopes_ptr + BY_DISTANCE)
     by_whole = by_distance * 0.0
     for side in tl.static_range(2):
         if side == 0:
             count, used = tl.load(counts_ptr + OUTPUTS * B + sample), tl.load(counts_ptr + KEPT * B + sample)
-            by_value = _gradient_of(grad_terms_ptr, grad_total_ptr, weight_2, INSTANCE_OUTPUT)
-            by_value *= tl.load(sample_slopes_ptr + BY_OUTPUT)
+            by_value = by_output * tl.load(sample_slopes_ptr + BY_OUTPUT)
             by_near = -by_distance
         else:
             count = tl.load(counts_ptr + LABELS * B + sample)
             used = count
-            by_value = _gradient_of(grad_terms_ptr, grad_total_ptr, weight_1, INSTANCE_LABEL)
-            by_value *= tl.load(sample_slopes_ptr + BY_LABEL)
+            by_value = by_label * tl.load(sample_slopes_ptr + BY_LABEL)
             by_near = by_distance
         start = (side * B + sample) * capacity
         if used == 0:  # row 0 is the whole sample
@@ -363,10 +365,6 @@ def _terms_backward_kernel(
         row_ptr = grad_sample_sums_ptr + sample * WHOLE_GRADIENT_COLUMNS
         if not VALUES:
             by_whole = by_distance * 0.0
-        by_false = _gradient_of(grad_terms_ptr, grad_total_ptr, weight_4, FALSE_INSTANCES)
-        by_missed = _gradient_of(grad_terms_ptr, grad_total_ptr, weight_5, MISSED_INSTANCES)
-        tl.store(grad_mistakes_ptr, by_false)  # the same of every sample
-        tl.store(grad_mistakes_ptr + 1, by_missed)
         by_mistake = by_distance * 0.0
         if MASSES:
             by_mistake = by_false * tl.load(sample_slopes_ptr + BY_MISTAKE)
@@ -374,12 +372,18 @@ def _terms_backward_kernel(
         tl.store(row_ptr, by_whole * tl.load(sample_slopes_ptr + WHOLE_BY_INTERSECTION))
         tl.store(row_ptr + 1, by_whole * tl.load(sample_slopes_ptr + WHOLE_BY_PREDICTION))
         row_ptr = grad_pixel_sums_ptr + sample * SAMPLE_GRADIENT_COLUMNS
-        by_pixel = _gradient_of(grad_terms_ptr, grad_total_ptr, weight_0, PIXEL)
         tl.store(row_ptr, by_pixel * tl.load(sample_slopes_ptr + PIXEL_BY_INTERSECTION))
         tl.store(row_ptr + 1, by_pixel * tl.load(sample_slopes_ptr + PIXEL_BY_PREDICTION))
+        if sample == 0:
+            tl.store(grad_each_ptr + PIXEL, by_pixel)
+            tl.store(grad_each_ptr + INSTANCE_LABEL, by_label)
+            tl.store(grad_each_ptr + INSTANCE_OUTPUT, by_output)
+            tl.store(grad_each_ptr + CENTER, by_center)
+            tl.store(grad_each_ptr + FALSE_INSTANCES, by_false)
+            tl.store(grad_each_ptr + MISSED_INSTANCES, by_missed)
+            tl.store(grad_each_ptr + PROXIMITY, by_proximity)
 
 
-@functools.cache
 def bits_of(weights: tuple[float, ...]) -> tuple[int, ...]:
     """The bits of seven weights as whole numbers."""
     return struct.unpack("7q", struct.pack("7d", *weights)) if weights else NO_WEIGHTS
@@ -410,29 +414,10 @@ def launch_terms(
     classes: int,
     reduction: int,
     rates: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The terms, float64, and the slopes of instances and of samples."""
-    results = sums, sample_sums, pixel_sums, health, counts, geometry, owned, distances, values, totals
-    terms, _, *slopes = add_up(results, tuple(numbers), (), torch.float64, classes, reduction, rates)
-    return terms, slopes[0], slopes[1]
-
-
-def add_up(
-    results: tuple[Tensor | None, ...],
-    numbers: tuple[float, ...],
     weights: tuple[float, ...],
     dtype: torch.dtype,
-    classes: int,
-    reduction: int,
-    rates: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The terms and their sum with `weights`, and the slopes of instances and of samples.
-
-    `results` are the first ten arguments of `launch_terms`.
-    """
-    sums, sample_sums = results[:2]
-    assert sums is not None
-    assert sample_sums is not None
+    """The terms and their sum with `weights`, of that dtype, and the slopes of instances and of samples."""
     (_, capacity, _), batch, device = sums.shape, len(sample_sums), sums.device
     terms, total = torch.empty(len(WEIGHTS), dtype=dtype, device=device), torch.empty((), dtype=dtype, device=device)
     sizes = (batch, len(WEIGHTS)), (2 * batch, capacity, ops.SLOPES_COLUMNS), (batch, ops.SAMPLE_SLOPES_COLUMNS)
@@ -440,7 +425,8 @@ def add_up(
     if batch == 0:
         return terms.zero_(), total.zero_(), slopes, sample_slopes
     launch(_terms_kernel, (batch,),
-        *results, _table_of(numbers, device.type == "cuda"), parts, slopes, sample_slopes,
+        sums, sample_sums, pixel_sums, health, counts, geometry, owned, distances, values, totals,
+        _table_of(tuple(numbers), device.type == "cuda"), parts, slopes, sample_slopes,
         capacity, classes, reduction, rates, block_size(capacity, ROWS_BLOCK),
     )  # fmt: skip
     launch(_total_kernel, (1,),
@@ -450,14 +436,6 @@ def add_up(
 
 
 def launch_terms_backward(
-    grad_terms: Tensor, slopes: Tensor, sample_slopes: Tensor, counts: Tensor, masses: bool, values: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the sums of instances and of samples, and of the sums of the pixel term."""
-    _, *grads = spread(grad_terms, None, (), slopes, sample_slopes, counts, masses, values)
-    return grads[0], grads[1], grads[2]
-
-
-def spread(
     grad_terms: Tensor | None,
     grad_total: Tensor | None,
     weights: tuple[float, ...],
@@ -467,15 +445,15 @@ def spread(
     masses: bool,
     values: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of false and missed instances, of the sums of instances and of samples, and of the pixel term's."""
+    """Gradient of each term, from those of the terms and of their sum; of the sums of instances, samples and pixels."""
     (_, capacity, _), batch = slopes.shape, len(sample_slopes)
-    columns = ops.WHOLE_GRADIENT_COLUMNS, ops.SAMPLE_GRADIENT_COLUMNS
-    sizes = (2,), (2 * batch, capacity, ops.GRADIENT_COLUMNS), *((batch, number) for number in columns)
-    mistakes, *grads = (torch.empty(size, dtype=torch.float64, device=slopes.device) for size in sizes)
+    sizes = (len(WEIGHTS),), (2 * batch, capacity, ops.GRADIENT_COLUMNS)
+    sizes += (batch, ops.WHOLE_GRADIENT_COLUMNS), (batch, ops.SAMPLE_GRADIENT_COLUMNS)
+    each, *grads = (torch.empty(size, dtype=torch.float64, device=slopes.device) for size in sizes)
     if batch > 0:
         block = block_size(capacity, ROWS_BLOCK)
         launch(_terms_backward_kernel, (table_programs(cut(capacity, block)), batch),
-            grad_terms, grad_total, slopes, sample_slopes, counts, *grads, mistakes, capacity, masses, values, block,
+            grad_terms, grad_total, slopes, sample_slopes, counts, *grads, each, capacity, masses, values, block,
             values=bits_of(weights),
         )  # fmt: skip
-    return mistakes, grads[0], grads[1], grads[2]
+    return each, grads[0], grads[1], grads[2]

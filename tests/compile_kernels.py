@@ -139,9 +139,14 @@ def call_launchers(sides, capacity, rest):
         ((None, None, per_row, None), BY_SUM, True),
     ):
         case = (*sums, sums[1], health, counts, geometry, *given, numbers, 2, *average)
-        _, *slopes = room["terms"].launch_terms(*case)
-    for masses, values in ((True, True), (False, False)):
-        grads = room["terms"].launch_terms_backward(per_row[0, :7], *slopes, counts, masses, values)
+        _, _, *slopes = room["terms"].launch_terms(*case, (), x.dtype)
+    of_terms = per_row[0, :7]
+    for *given, masses, values in (
+        (of_terms, None, (), True, True),
+        (None, health, (1.0,) * 7, True, True),
+        (of_terms, None, (), False, False),
+    ):
+        _, *grads = room["terms"].launch_terms_backward(*given, *slopes, counts, masses, values)
     for dtype, label_dtype, activation, threshold, *pixel in ACTIVATIONS:
         volumes = torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=label_dtype)
         room["instances"].launch_find(
@@ -152,7 +157,7 @@ def call_launchers(sides, capacity, rest):
         )
         for quantity, no_tp, mistakes in ((4, True, OF_LOGARITHM), (3, False, OF_MEAN), (0, True, NO_GRADIENT)):
             case = (*volumes, sites, pairs, touched, counts, activation, quantity, no_tp, *pixel, mistakes)
-            room["tables"].launch_sum_instances_backward(per_row[0, :7], slopes[0], *grads, *case)
+            room["tables"].launch_sum_instances_backward(of_terms, slopes[0], *grads, *case)
 
 
 def is_aligned(value):

@@ -126,6 +126,19 @@ def random_case(seed=0):
     return sums, counts, geometry, whole(8, ROWS, 2), distances, values, numbers
 
 
+def launch_terms(*case):
+    """The terms and both slopes, without a total."""
+    ours, _, *slopes = terms.launch_terms(*case, (), torch.float64)
+    return ours, *slopes
+
+
+def launch_terms_backward(grad, *case):
+    """Gradients of the sums of instances, of samples and of the pixel term's, from that of the terms alone."""
+    each, *grads = terms.launch_terms_backward(grad, None, (), *case)
+    assert torch.equal(each, grad)
+    return grads
+
+
 def with_mistakes(grad, slopes, grads):
     """Gradients of the sums with those of false and missed instances, which the operator leaves to the next one."""
     table, *rest = grads
@@ -139,7 +152,7 @@ def assert_terms(case, reduction, rates, classes=1, totals=None):
     sums, counts, geometry, owned, distances, values, numbers = case
     health = torch.ones((), dtype=torch.float64, device=DEVICE)
     rest = owned, distances, values, totals, numbers, classes, reduction, rates
-    ours, *slopes = terms.launch_terms(*sums, health, counts, geometry, *rest)
+    ours, *slopes = launch_terms(*sums, health, counts, geometry, *rest)
     *leaves, beyond = [table.clone().requires_grad_() for table in (*sums, torch.zeros_like(sums[1][:, 0]))]
     expected = plain_terms(leaves, geometry, counts, *rest, health, beyond)
     torch.testing.assert_close(ours, expected.detach(), rtol=1e-13, atol=1e-13)
@@ -147,7 +160,7 @@ def assert_terms(case, reduction, rates, classes=1, totals=None):
     grad = torch.linspace(0.5, 2.0, 7, dtype=torch.float64, device=DEVICE)
     *plain, by_rest = torch.autograd.grad(expected, [*leaves, beyond], grad, materialize_grads=True)
     plain[1] = torch.cat((plain[1][:, : ops.SAMPLE_GRADIENT_COLUMNS], by_rest[:, None]), 1)
-    grads = with_mistakes(grad, slopes[0], terms.launch_terms_backward(grad, *slopes, counts, True, True))
+    grads = with_mistakes(grad, slopes[0], launch_terms_backward(grad, *slopes, counts, True, True))
     present = counts[[0, 2]]
     grads[0], plain[0] = used(grads[0], present), used(plain[0], present)
     for result, table in zip(grads, plain, strict=True):
@@ -201,9 +214,9 @@ def test_terms_at_gpu_block_sizes(monkeypatch):
 def test_broken_outputs_break_all_terms():
     sums, counts, geometry, owned, distances, _, numbers = random_case(3)
     nan = torch.tensor(torch.nan, dtype=torch.float64, device=DEVICE)
-    ours, *slopes = terms.launch_terms(*sums, nan, counts, geometry, owned, distances, None, None, numbers, 1, 0, False)
+    ours, *slopes = launch_terms(*sums, nan, counts, geometry, owned, distances, None, None, numbers, 1, 0, False)
     assert ours.isnan().all()
-    grads = terms.launch_terms_backward(torch.ones(7, dtype=torch.float64, device=DEVICE), *slopes, counts, True, True)
+    grads = launch_terms_backward(torch.ones(7, dtype=torch.float64, device=DEVICE), *slopes, counts, True, True)
     assert grads[2].isnan().all()
 
 
@@ -220,7 +233,7 @@ def test_terms_drawn():
     distances = torch.tensor([[1, 3], [1, 4]], dtype=torch.float64, device=DEVICE)
     numbers = [*DICE, *DICE, 0.0, *DICE, 0.0, 0.0, 0.0, 0.0, 0.0]
     case = (sums, sample_sums, pixel_sums, health, counts, geometry, None, distances, None, None)
-    values, *slopes = terms.launch_terms(*case, numbers, 1, ops.BY_INSTANCE, False)
+    values, *slopes = launch_terms(*case, numbers, 1, ops.BY_INSTANCE, False)
     touching, beside, missed = 1 - 5 / 7, 1 - 1 / 4, 1 - 1 / 6
     labels, outputs = touching + 4 * missed, touching + 3 * beside
     expected = [1 - 5 / 15, (touching + missed) / 2, (touching + beside) / 2, 0, 1, 1, (labels - outputs) ** 2]
@@ -228,7 +241,7 @@ def test_terms_drawn():
 
     only = torch.zeros(7, dtype=torch.float64, device=DEVICE)
     only[ops.FALSE_INSTANCES] = only[ops.MISSED_INSTANCES] = 1
-    grads = terms.launch_terms_backward(only, *slopes, counts, True, True)
+    grads = launch_terms_backward(only, *slopes, counts, True, True)
     assert not grads[0].any()
     grads, grad_sample, grad_pixel = with_mistakes(only, slopes[0], grads)
     assert grads[0].tolist() == [[0, 0, 0], [pytest.approx(1 / 3), 0, 0]]
@@ -240,10 +253,10 @@ def test_terms_drawn():
 def test_gradients_that_do_not_flow(values):
     sums, counts, geometry, owned, distances, _, numbers = random_case(4)
     health = torch.ones((), dtype=torch.float64, device=DEVICE)
-    _, *slopes = terms.launch_terms(*sums, health, counts, geometry, owned, distances, None, None, numbers, 1, 0, False)
+    _, *slopes = launch_terms(*sums, health, counts, geometry, owned, distances, None, None, numbers, 1, 0, False)
     grad = torch.ones(7, dtype=torch.float64, device=DEVICE)
-    whole = terms.launch_terms_backward(grad, *slopes, counts, True, True)
-    part = terms.launch_terms_backward(grad, *slopes, counts, False, values)
+    whole = launch_terms_backward(grad, *slopes, counts, True, True)
+    part = launch_terms_backward(grad, *slopes, counts, False, values)
     of_rows, of_all = (used(table, counts[[0, 2]]) for table in (part[0], whole[0]))
     assert (of_rows[..., ops.MASS] == 0).all()
     assert (part[1][:, ops.BY_REST] == 0).all()
