@@ -120,7 +120,7 @@ class Counting(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "triton_instance_loss":
             with self:
-                return ops._dispatch(func._schema.name.split("::")[1])(*args)
+                return ops._answer(func._schema.name.split("::")[1], *args)
         result = func(*args, **(kwargs or {}))
         name = func._schema.name.split("::")[1]
         views = any(given.alias_info is not None and not given.alias_info.is_write for given in func._schema.returns)

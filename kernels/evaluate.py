@@ -50,13 +50,13 @@ def launch_evaluate(
 
 
 def launch_evaluate_backward(
-    grad_terms: Tensor | None,
-    grad_sum: Tensor | None,
     x: Tensor,
     labels: Tensor,
     sites: list[Tensor],
     counts: Tensor,
     kept: list[Tensor],
+    grad_terms: Tensor | None,
+    grad_sum: Tensor | None,
     weights: list[float],
     activation: int,
     quantity: int,

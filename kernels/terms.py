@@ -18,7 +18,6 @@ instance, 100 in the backward.
 """
 
 import functools
-import struct
 from collections.abc import Sequence
 
 import torch
@@ -29,7 +28,7 @@ from torch import Tensor
 from .. import ops
 from .blocks import block_size, cut, table_programs
 from .criteria import center_criterion, criterion, share, weight
-from .launches import launch
+from .launches import aside, bits_of, launch, of_bits
 
 GEOMETRY_COLUMNS: tl.constexpr = tl.constexpr(ops.GEOMETRY_COLUMNS)
 SIZE: tl.constexpr = tl.constexpr(ops.SIZE)
@@ -80,7 +79,7 @@ SAMPLE_SLOPES_COLUMNS: tl.constexpr = tl.constexpr(ops.SAMPLE_SLOPES_COLUMNS)
 
 # Weights come by value, so that they may change from step to step: as bits, since Triton takes no float64 by value.
 WEIGHTS = [f"weight_{term}" for term in range(ops.PROXIMITY + 1)]
-NO_WEIGHTS = (0,) * len(WEIGHTS)
+NO_WEIGHTS = (0.0,) * len(WEIGHTS)
 # Samples of which the parts are added at once.
 SAMPLES_BLOCK = 16
 # One lane a thread: samples rarely have more instances, and the float64 arithmetic wants the registers.
@@ -245,15 +244,9 @@ def _terms_kernel(
 
 
 @triton.jit
-def _of_bits(weight):
-    """The float64 of a weight's bits."""
-    return weight.to(tl.int64).to(tl.float64, bitcast=True)
-
-
-@triton.jit
 def _weighted(terms, weight, TERM: tl.constexpr):
     """One of eight terms times its weight, 0 in the place of all others."""
-    return tl.where(tl.arange(0, 8) == TERM, terms * _of_bits(weight), 0.0)
+    return tl.where(tl.arange(0, 8) == TERM, terms * of_bits(weight), 0.0)
 
 
 @triton.jit(do_not_specialize=WEIGHTS)
@@ -291,7 +284,7 @@ def _gradient_of(grad_terms_ptr, grad_total_ptr, weight, TERM: tl.constexpr):
     if grad_terms_ptr is not None:
         gradient += tl.load(grad_terms_ptr + TERM).to(tl.float64)
     if grad_total_ptr is not None:
-        gradient += tl.load(grad_total_ptr).to(tl.float64) * _of_bits(weight)
+        gradient += tl.load(grad_total_ptr).to(tl.float64) * of_bits(weight)
     return gradient
 
 
@@ -384,19 +377,15 @@ def _terms_backward_kernel(
             tl.store(grad_each_ptr + PROXIMITY, by_proximity)
 
 
-def bits_of(weights: tuple[float, ...]) -> tuple[int, ...]:
-    """The bits of seven weights as whole numbers."""
-    return struct.unpack("7q", struct.pack("7d", *weights)) if weights else NO_WEIGHTS
-
-
 @functools.cache
 def _table_of(numbers: tuple[float, ...], pinned: bool) -> Tensor:
     """The numbers in memory of the host; pinned, where a device can read it, too.
 
     Kept for good, as what a CUDA graph reads in each replay. So there is nothing to copy in a step.
     """
-    table = torch.tensor(numbers, dtype=torch.float64)
-    return table.pin_memory() if pinned else table
+    with aside():
+        table = torch.tensor(numbers, dtype=torch.float64)
+        return table.pin_memory() if pinned else table
 
 
 def launch_terms(
@@ -430,7 +419,7 @@ def launch_terms(
         capacity, classes, reduction, rates, block_size(capacity, ROWS_BLOCK),
     )  # fmt: skip
     launch(_total_kernel, (1,),
-        parts, terms, total, batch, SAMPLES_BLOCK, values=bits_of(weights), num_warps=1,
+        parts, terms, total, batch, SAMPLES_BLOCK, values=bits_of(weights or NO_WEIGHTS), num_warps=1,
     )  # fmt: skip
     return terms, total, slopes, sample_slopes
 
@@ -454,6 +443,6 @@ def launch_terms_backward(
         block = block_size(capacity, ROWS_BLOCK)
         launch(_terms_backward_kernel, (table_programs(cut(capacity, block)), batch),
             grad_terms, grad_total, slopes, sample_slopes, counts, *grads, each, capacity, masses, values, block,
-            values=bits_of(weights),
+            values=bits_of(weights or NO_WEIGHTS),
         )  # fmt: skip
     return each, grads[0], grads[1], grads[2]

@@ -313,10 +313,13 @@ def _unlike(low: float, high: float, most: float) -> float:
 
 def logits(outputs: Tensor, activation: str, ignored: Tensor | None) -> str | None:
     """What to say of outputs that look like probabilities or a mask where logits are expected; None if nothing."""
-    # A few outputs are looked at first: any of a network that is below 0 tells, and then all is well.
-    if activation == "none" or not debugging(outputs) or not _in_unit_interval(outputs[0, 0, 0].reshape(-1)[:1024]):
+    # Few outputs are looked at first: any of a network that is below 0 tells, and then all is well.
+    if activation == "none" or not debugging(outputs):
         return None
-    if not _in_unit_interval(outputs) or (ignored is not None and bool(ignored.all())):
+    for some in (outputs[(0,) * outputs.ndim], outputs[0, 0, 0].reshape(-1)[:1024], outputs):
+        if not _in_unit_interval(some):
+            return None
+    if ignored is not None and bool(ignored.all()):
         return None
     return (
         f"outputs must be logits with activation={activation!r}, but all of them lie in [0, 1]; what is 0 in a "

@@ -122,8 +122,8 @@ _SCHEMAS = {
     # flows those of sums over instances; what gradient mistakes have; whether values of the criterion were given
     # -> gradient of z, of the shape and dtype of x, and of the values (2 B, capacity), or of nothing. With an
     #    activation other than NONE, instances have none where neither a nor y is 1
-    "evaluate_backward": "(Tensor? grad_terms, Tensor? grad_sum, Tensor x, Tensor labels, Tensor[] sites,"
-    " Tensor counts, Tensor[] kept, float[] weights, int activation, int quantity, bool no_tp, int pixel,"
+    "evaluate_backward": "(Tensor x, Tensor labels, Tensor[] sites, Tensor counts, Tensor[] kept,"
+    " Tensor? grad_terms, Tensor? grad_sum, float[] weights, int activation, int quantity, bool no_tp, int pixel,"
     " int pixel_quantity, bool masses, bool flows, int mistakes, bool values) -> (Tensor, Tensor)",
     # centre boxes of kept outputs and labels -> owner (B, D, H, W) int32 = largest output row whose box covers the
     # voxel, 0 = none; covered (B, D, H, W) bool = inside a label box
@@ -184,19 +184,18 @@ def _implementation(chosen: str, name: str) -> Any:
     """What answers for an operator in a backend; rooms are imported when they are first needed."""
     if chosen == "cpu":
         return getattr(importlib.import_module(f".cpu.{_ROOMS[name]}", __package__), name)
-    return getattr(importlib.import_module(f".kernels.{_ROOMS[name]}", __package__), f"launch_{name}")
+    launcher = getattr(importlib.import_module(f".kernels.{_ROOMS[name]}", __package__), f"launch_{name}")
+    return functools.partial(importlib.import_module(".kernels.launches", __package__).planned, launcher)
 
 
-def _dispatch(name: str) -> Any:
-    def run(*args: Any) -> Any:
-        first: Tensor = next(arg for arg in args if isinstance(arg, Tensor))
-        answer = _implementation(backend(first), name)
-        if first.device.type == "cpu" or first.device.index == torch.cuda.current_device():
-            return answer(*args)
-        with torch.cuda.device(first.device):
-            return answer(*args)
-
-    return run
+def _answer(name: str, first: Tensor, *args: Any) -> Any:
+    """What an operator gives."""
+    answer = _implementation(backend(first), name)
+    device = first.device
+    if device.type == "cpu" or device.index == torch.cuda.current_device():
+        return answer(first, *args)
+    with torch.cuda.device(device):
+        return answer(first, *args)
 
 
 def _fake_find(
@@ -301,13 +300,13 @@ def _fake_evaluate(
 
 
 def _fake_evaluate_backward(
-    grad_terms: Tensor | None,
-    grad_sum: Tensor | None,
     x: Tensor,
     labels: Tensor,
     sites: list[Tensor],
     counts: Tensor,
     kept: list[Tensor],
+    grad_terms: Tensor | None,
+    grad_sum: Tensor | None,
     weights: list[float],
     activation: int,
     quantity: int,
@@ -352,18 +351,48 @@ def gradient_of_values(grad_terms: Tensor, slopes: Tensor, sample_slopes: Tensor
     return torch.where(first_rows(counts[KEPT:].flatten().clamp(min=1), slopes.shape[1]), gradient, 0.0)
 
 
+def _operator(name: str) -> Any:
+    """An operator, called by itself where nothing between it and its backend wants to know: PyTorch takes 15 us."""
+    registered = getattr(torch.ops.triton_instance_loss, name).default
+
+    def call(*args: Any) -> Any:
+        if torch.compiler.is_compiling() or _is_overheard() or not all(map(_is_plain, args)):
+            return registered(*args)
+        return _answer(name, *args)
+
+    return call
+
+
+def _is_overheard() -> bool:
+    """Whether a mode, a transform or a profiler takes part in what PyTorch calls."""
+    return bool(
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._autograd._profiler_enabled()
+    )
+
+
+def _is_plain(arg: Any) -> bool:
+    """Whether an argument is a tensor with nothing around it, or none at all."""
+    if type(arg) is list:
+        return all(map(_is_plain, arg))
+    if not isinstance(arg, Tensor):
+        return True
+    return type(arg) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(arg)
+
+
 for _name, _schema in _SCHEMAS.items():
     _library.define(_name + _schema)
     for _key in ("CPU", "CUDA"):
-        _library.impl(_name, _dispatch(_name), _key)
+        _library.impl(_name, functools.partial(_answer, _name), _key)
     torch.library.register_fake(f"triton_instance_loss::{_name}", globals()[f"_fake_{_name}"], lib=_library)
 
-find = torch.ops.triton_instance_loss.find.default
-row_maps = torch.ops.triton_instance_loss.row_maps.default
-components = torch.ops.triton_instance_loss.components.default
-find_instances = torch.ops.triton_instance_loss.find_instances.default
-number_instances = torch.ops.triton_instance_loss.number_instances.default
-sum_instances = torch.ops.triton_instance_loss.sum_instances.default
-evaluate = torch.ops.triton_instance_loss.evaluate.default
-evaluate_backward = torch.ops.triton_instance_loss.evaluate_backward.default
-center_volumes = torch.ops.triton_instance_loss.center_volumes.default
+find = _operator("find")
+row_maps = _operator("row_maps")
+components = _operator("components")
+find_instances = _operator("find_instances")
+number_instances = _operator("number_instances")
+sum_instances = _operator("sum_instances")
+evaluate = _operator("evaluate")
+evaluate_backward = _operator("evaluate_backward")
+center_volumes = _operator("center_volumes")

@@ -200,13 +200,13 @@ class FusedTerms(torch.autograd.Function):
         wanted: Request = ctx.wanted
         with torch.no_grad():
             grad_x, grad_values = ops.evaluate_backward(
-                None if of_terms is None else of_terms.contiguous(),
-                of_total if ctx.weights else None,
                 x,
                 labels,
                 [where, which],
                 counts,
                 kept,
+                None if of_terms is None else of_terms.contiguous(),
+                of_total if ctx.weights else None,
                 ctx.weights,
                 wanted.activation,
                 wanted.quantity,

@@ -23,10 +23,10 @@ def on_both(call):
     return call(), theirs
 
 
-def check_labelling(seed):
+def check_labelling(seed, changed=lambda tensor: tensor):
     """Ids of components, and instances of masks and of given ids: bit for bit."""
     draw = random.Random(seed)
-    _, mask = draw_mask(draw)
+    mask = changed(draw_mask(draw)[1])
     rounds, least, highest = draw.choice([1, 2, 5, 40]), draw.choice([0, 1, 3]), draw.choice([2, 9, 1000, 2**62])
     ids = torch.randint(0, highest, mask.shape, generator=torch.Generator().manual_seed(seed)) * mask
     capacity = mask[0].numel()
@@ -45,9 +45,10 @@ def check_labelling(seed):
     assert_same(*on_both(lambda: list(results())))
 
 
-def check_loss(seed):
+def check_loss(seed, changed=lambda tensor: tensor):
     """All terms and the gradient of a weighted sum of them, and the metrics; False if the call is refused."""
-    outputs, labels, ids, ignored, criteria, options = draw_call(seed)
+    *tensors, criteria, options = draw_call(seed)
+    outputs, labels, ids, ignored = (None if tensor is None else changed(tensor) for tensor in tensors)
     weights = torch.rand(7, generator=torch.Generator().manual_seed(seed), dtype=outputs.dtype) * 2 - 1
 
     def step():

@@ -48,13 +48,13 @@ def evaluate(
 
 
 def evaluate_backward(
-    grad_terms: Tensor | None,
-    grad_sum: Tensor | None,
     x: Tensor,
     labels: Tensor,
     sites: list[Tensor],
     counts: Tensor,
     kept: list[Tensor],
+    grad_terms: Tensor | None,
+    grad_sum: Tensor | None,
     weights: list[float],
     activation: int,
     quantity: int,
