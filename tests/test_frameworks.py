@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from triton_instance_loss import InstanceLoss, WeightedSum, checks, connected_components, ops
 from triton_instance_loss.criteria import DICE, fused_form
-from triton_instance_loss.metrics import instance_metrics
+from triton_instance_loss.metrics import average_precision, instance_metrics
 from triton_instance_loss.ratios import describe
 
 # Operators whose result Python reads, or whose shape depends on data: on CUDA each of them waits for the device.
@@ -123,11 +123,15 @@ def test_classes_and_ignored_voxels_compile_whole():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on CUDA, test_cuda.py asks the driver instead")
-@pytest.mark.parametrize("matching", ["overlap", "iou"])
+@pytest.mark.parametrize("matching", ["overlap", "iou", "dilated"])
 def test_metrics_never_synchronise(kernels_alone, matching):
     outputs, labels = batch(shape=(4, 5, 3))
+    numbers = torch.arange(labels.numel()).view(labels.shape) // 7
     with NoSynchronisation():
         metrics = instance_metrics(outputs, labels, matching=matching)
+        asked = {"sizes": (2, 9), "spacing": (1, 1, 2), "min_instance_size": 2.5, "cc_output_batch": numbers}
+        metrics += instance_metrics(outputs, labels, matching=matching, **asked)
+        metrics += (average_precision(outputs, labels),)
     assert all(torch.isfinite(value).all() for value in metrics)
 
 
