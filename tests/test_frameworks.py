@@ -243,17 +243,21 @@ def test_compiles_for_several_shapes(dynamic):
         torch.testing.assert_close(compiled(outputs, labels), loss(outputs, labels))
 
 
-@pytest.mark.parametrize("matching", ["overlap", "iou"])
-def test_metrics_compile_whole(matching):
+@pytest.mark.parametrize("matching", ["overlap", "iou", "dilated"])
+@pytest.mark.parametrize("asked", [{}, {"sizes": (2, 9), "spacing": (1, 1, 2), "min_instance_size": 2.5}], ids=str)
+def test_metrics_compile_whole(matching, asked):
     """In one graph, for other numbers of instances and other shapes."""
     torch.compiler.reset()
     compiled = torch.compile(instance_metrics, fullgraph=True, backend="aot_eager")
     for seed, shape in enumerate(((8, 9, 7), (8, 9, 7), (10, 12, 6))):
         outputs, labels = batch(seed=seed, shape=shape)
         outputs = outputs + 4 * labels - 2
-        expected = instance_metrics(outputs, labels, matching=matching)
-        torch.testing.assert_close(compiled(outputs, labels, matching=matching), expected)
-        assert expected.matched.sum() > 0
+        options = {"matching": matching, "dilation": 1, **asked}
+        if asked:
+            options["cc_output_batch"] = torch.arange(labels.numel()).view(labels.shape) // 7
+        expected = instance_metrics(outputs, labels, **options)
+        torch.testing.assert_close(compiled(outputs, labels, **options), expected)
+        assert (expected.num_labels if asked else expected.matched).sum() > 0
 
 
 def test_weights_that_change_are_not_compiled_each_time():

@@ -5,6 +5,7 @@ import re
 
 import numpy as np
 import pytest
+import stardist_answers
 import torch
 from scipy import ndimage
 from test_metrics import INTERPRETED, LABELS, OUTPUTS, draw, instances, metrics_of, plain_metrics, random_batch
@@ -418,3 +419,20 @@ def test_errors_of_average_precision(wrong, error, message):
 def test_errors_of_the_index():
     with pytest.raises(TypeError, match="aggregated_jaccard_index has no option matching, got 'iou'"):
         aggregated_jaccard_index(OUTPUTS, LABELS, activation="none", spatial_dims=2, matching="iou")
+
+
+def test_equals_stardist(device):
+    """On 60 stored label maps whose instances touch, some of them empty on one side, at ten thresholds."""
+    outputs, labels, answers = stardist_answers.read()
+    ids = [torch.from_numpy(volume.astype(np.int32))[:, None].to(device) for volume in (outputs, labels)]
+    volumes = [(numbers > 0).double() for numbers in ids]
+    given = {"cc_label_batch": ids[1], "cc_output_batch": ids[0], "activation": "none", "spatial_dims": 2}
+    precision = average_precision(*volumes, iou_thresholds=stardist_answers.THRESHOLDS, **given)
+    np.testing.assert_allclose(precision.cpu().numpy(), answers[:, :, 3], rtol=1e-12)
+    assert answers[:, :, 3].mean() > 0.2
+    assert answers[:, :, 0].sum() > 1000
+    for place, threshold in enumerate(stardist_answers.THRESHOLDS):
+        found = instance_metrics(*volumes, matching="iou", iou_threshold=threshold, **given)
+        counts, quality = (found.matched, found.false, found.missed), (found.panoptic_quality, found.segmentation_quality)
+        ours = torch.stack((*counts, precision[:, place], found.f1, *quality), dim=1)
+        np.testing.assert_allclose(ours.cpu().numpy(), answers[:, place], rtol=1e-6)  # (its IoUs are float32)
