@@ -8,7 +8,7 @@ import pytest
 import stardist_answers
 import torch
 from scipy import ndimage
-from test_metrics import INTERPRETED, LABELS, OUTPUTS, draw, instances, metrics_of, plain_metrics, random_batch
+from test_metrics import LABELS, OUTPUTS, draw, instances, metrics_of, plain_metrics, random_batch
 
 from triton_instance_loss.metrics import (
     THRESHOLDS,
@@ -337,7 +337,9 @@ def test_empty_label_maps(function, device):
     assert function(broken, something, **options).isnan().all()
 
 
-@pytest.mark.parametrize(("backend", "shape"), [("cpu", (9, 8, 7)), ("cpu", (1, 40, 50)), ("triton", (5, 6, 4))], indirect=["backend"])
+@pytest.mark.parametrize(
+    ("backend", "shape"), [("cpu", (9, 8, 7)), ("cpu", (1, 40, 50)), ("triton", (5, 6, 4))], indirect=["backend"]
+)
 def test_label_maps_equal_plain_statement(backend, poison, shape):
     outputs, labels = random_batch(shape)
     options = {"min_instance_size": 1}
@@ -384,7 +386,11 @@ WRONG = [
     ({"spacing": 1.0}, ValueError, "spacing must be 2 numbers above 0, one for each axis, got 1.0"),
     ({"spacing": (1, 0)}, ValueError, "spacing must be a finite number above 0, got 0"),
     ({"min_instance_size": 0.5}, TypeError, "min_instance_size must be an integer of at least 0, got 0.5"),
-    ({"min_instance_size": -0.5, "spacing": (1, 1)}, ValueError, "min_instance_size must be a finite number of at leas"),
+    (
+        {"min_instance_size": -0.5, "spacing": (1, 1)},
+        ValueError,
+        "min_instance_size must be a finite number of at leas",
+    ),
     ({"matching": "dilated", "num_iterations": 3}, ValueError, "num_iterations must be None with matching='dilated', "),
     ({"matching": "dilated", "cc_label_batch": LABELS}, ValueError, "cc_label_batch must be None with matching='dilat"),
     ({"cc_output_batch": LABELS > 0}, TypeError, "cc_output_batch must hold the number of an instance at each voxel"),
@@ -433,6 +439,9 @@ def test_equals_stardist(device):
     assert answers[:, :, 0].sum() > 1000
     for place, threshold in enumerate(stardist_answers.THRESHOLDS):
         found = instance_metrics(*volumes, matching="iou", iou_threshold=threshold, **given)
-        counts, quality = (found.matched, found.false, found.missed), (found.panoptic_quality, found.segmentation_quality)
+        counts, quality = (
+            (found.matched, found.false, found.missed),
+            (found.panoptic_quality, found.segmentation_quality),
+        )
         ours = torch.stack((*counts, precision[:, place], found.f1, *quality), dim=1)
         np.testing.assert_allclose(ours.cpu().numpy(), answers[:, place], rtol=1e-6)  # (its IoUs are float32)

@@ -170,7 +170,11 @@ def test_ignored_voxels(device):
 WRONG = [
     ({"sizes": (3,)}, TypeError, "unexpected keyword argument 'sizes'"),
     ({"gradients": "log"}, TypeError, "unexpected keyword argument 'gradients'"),
-    ({"outputs": OUTPUTS * torch.inf}, ValueError, "outputs must be finite, and labels 0 or 1, got NaN, infinity or an"),
+    (
+        {"outputs": OUTPUTS * torch.inf},
+        ValueError,
+        "outputs must be finite, and labels 0 or 1, got NaN, infinity or an",
+    ),
     ({"outputs": [0.0]}, TypeError, "outputs must be a torch.Tensor, got list"),
     ({"spacing": (1, 1, 1)}, ValueError, "spacing must be 2 numbers above 0"),
     ({"matching": "dice"}, ValueError, "matching must be one of 'overlap', 'iou', 'dilated', got 'dice'"),

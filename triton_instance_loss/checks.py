@@ -93,7 +93,7 @@ def ascending(
         raise TypeError(f"{name} must be a sequence of ascending numbers, one at least, got {value!r}.")
     for place, each in enumerate(value):
         number(f"{name}[{place}]", each, minimum, maximum, above_minimum=above_minimum)
-    if any(left >= right for left, right in zip(value, value[1:], strict=False)):
+    if any(value[place] <= value[place - 1] for place in range(1, len(value))):
         raise ValueError(f"{name} must be a sequence of ascending numbers, one at least, got {value!r}.")
     return value
 

@@ -23,6 +23,7 @@ class InstanceMetrics(NamedTuple):
     Each field is (B,), one number a sample; of several classes (B, classes); with `sizes` it has one more axis at the
     end, of the strata.
     """
+
     num_outputs: Tensor
     num_labels: Tensor
     matched: Tensor
@@ -229,8 +230,8 @@ def _totals(sides: Sides, matches: Matches, limits: tuple[int, ...]) -> Totals:
 def _in_strata(mask: Tensor, sizes: Tensor, limits: tuple[int, ...]) -> Tensor:
     """(n, rows) -> (n, rows, strata): which rows of `mask` are in each stratum of sizes."""
     # (compared with numbers of Python, which need no copy to the device)
-    above = [mask, *(mask & (sizes >= limit) for limit in limits)]
-    return torch.stack([*(low & ~high for low, high in zip(above[:-1], above[1:], strict=True)), above[-1]], dim=-1)
+    above = [mask, *[mask & (sizes >= limit) for limit in limits], torch.zeros_like(mask)]
+    return torch.stack([above[place] & ~above[place + 1] for place in range(len(limits) + 1)], dim=-1)
 
 
 def metrics_of_totals(
@@ -359,7 +360,8 @@ def aggregated_jaccard_index(
         >>> import torch
         >>> labels, outputs = torch.zeros(2, 1, 1, 4, 8)
         >>> labels[..., :4], outputs[..., 1:4], outputs[..., 0, 6:] = 1, 1, 1
-        >>> round(aggregated_jaccard_index(outputs, labels, activation="none", spatial_dims=2).item(), 4)  # 12 / (16 + 2)
+        >>> index = aggregated_jaccard_index(outputs, labels, activation="none", spatial_dims=2)
+        >>> round(index.item(), 4)  # 12 / (16 + 2)
         0.6667
     """
     _refuse(options, "aggregated_jaccard_index", ("matching", "iou_threshold", "dilation", "sizes"))

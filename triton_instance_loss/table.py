@@ -68,9 +68,9 @@ def instance_table(
         >>> labels = torch.tensor([[[[1, 1, 1, 0, 0, 1], [0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 1, 1]]]])
         >>> outputs = torch.tensor([[[[0, 1, 1, 0, 0, 0], [0, 0, 0, 0, 0, 0], [1, 0, 0, 0, 0, 1]]]]).float()
         >>> table = instance_table(outputs, labels, activation="none", spatial_dims=2)
-        >>> for row in range(len(table["side"])):
-        ...     side, status = SIDES[table["side"][row]], STATUSES[table["status"][row]]
-        ...     print(side, table["number"][row].item(), status, table["size"][row].item(), table["partner"][row].item())
+        >>> names = ("side", "number", "status", "size", "partner")
+        >>> for side, number, status, size, partner in zip(*(table[name].tolist() for name in names)):
+        ...     print(SIDES[side], number, STATUSES[status], size, partner)
         label 1 matched 3.0 1
         label 2 missed 1.0 0
         label 3 matched 2.0 3
@@ -108,7 +108,9 @@ def tabulate(sides: Sides, asked: Rules) -> dict[str, Tensor]:
         matched = shared / (sizes[LABEL][mine[LABEL]] + sizes[OUTPUT][mine[OUTPUT]] - shared) > asked.iou_threshold
         mine, shared = [places[matched] for places in mine], shared[matched]
     columns = [
-        _columns(side, both[side], mine[side], sizes[1 - side][mine[1 - side]], both[1 - side].row[mine[1 - side]], shared)
+        _columns(
+            side, both[side], mine[side], sizes[1 - side][mine[1 - side]], both[1 - side].row[mine[1 - side]], shared
+        )
         for side in (LABEL, OUTPUT)
     ]
     table = {name: torch.cat([each[name] for each in columns]) for name in columns[0]}

@@ -70,8 +70,8 @@ class InstanceMetric(Metric):  # type: ignore[misc,unused-ignore]
         shape = (len(asked.options.classes),) * several + (len(limits) + 1,) * bool(limits)
         for name in self._sums:
             self.add_state(name, torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
-        # A MetricCollection takes two metrics for one if their states have the same names and, after the first batch, the
-        # same values: so those of other options have another name.
+        # A MetricCollection takes two metrics for one if their states have the same names and, after the first batch,
+        # the same values: so with other options there is another name.
         self._samples = f"samples_{zlib.crc32(repr((asked, limits)).encode()):08x}"
         self.add_state(self._samples, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
@@ -91,8 +91,9 @@ class InstanceMetric(Metric):  # type: ignore[misc,unused-ignore]
         ignore_mask: Tensor | None = None,
     ) -> None:
         """Add the samples of a batch."""
-        given = {"cc_output_batch": cc_output_batch, "ignore_mask": ignore_mask}
-        found = instance_metrics(outputs, labels, cc_label_batch, **given, **self.options)
+        found = instance_metrics(
+            outputs, labels, cc_label_batch, cc_output_batch=cc_output_batch, ignore_mask=ignore_mask, **self.options
+        )
         found = InstanceMetrics(*(value.double() for value in found))
         values: InstanceMetrics | Totals = found
         if self.average == "instances":
