@@ -173,6 +173,18 @@ def test_a_label_in_parts_is_measured_whole(backend):
 STEP = ndimage.generate_binary_structure(3, 2)
 
 
+def test_ignored_voxels_are_background(device):
+    """A label or an output there is none, whatever its number; labels may reach over them."""
+    outputs, labels = draw("#....##. ........"), draw("..#..##. ........")
+    ignored = draw(".#..#### ........") == 1
+    numbers = torch.ones(1, 1, 2, 8, dtype=torch.int64).to(device)
+    options = {"matching": "dilated", "dilation": 2, "ignore_mask": ignored.to(device)}
+    found = metrics_of(outputs.masked_fill(ignored, torch.nan), labels, device, **options)
+    assert found[:5] == (1, 1, 1, 0, 0)
+    found = metrics_of(outputs, labels, device, cc_output_batch=numbers, **options)
+    assert found[:5] == (1, 1, 1, 0, 0)
+
+
 def plain_dilated(mask, truth, times, min_size):
     """One sample as the code of BraTS 2023 has it: SciPy's dilation, labels merged by it, each dilated by itself."""
     dilated, count = ndimage.label(ndimage.binary_dilation(truth, STEP, times), np.ones((3, 3, 3)))

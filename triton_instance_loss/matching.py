@@ -67,9 +67,9 @@ def rules(
     dilation = checks.integer("dilation", dilation, 1)
     if spacing is not None:
         spacing = checks.spacing("spacing", spacing, checks.integer("spatial_dims", spatial_dims, 2))
-        checks.number("min_instance_size", min_instance_size, 0)
+        size = checks.number("min_instance_size", min_instance_size, 0)
         # the most voxels that are no more than this: one less than what is more
-        min_instance_size = _voxels(min_instance_size, math.prod(spacing), above=True) - 1
+        min_instance_size = _voxels(size, math.prod(spacing), above=True) - 1
     options = Options(
         activation=activation,
         num_out_chn=num_out_chn,
@@ -102,7 +102,7 @@ class Sides(NamedTuple):
 
     x: Tensor  # (n, D, H, W), in which outputs were found
     found: Found  # outputs and labels
-    reached: Found  # the same, where a label reaches as far as an output matches it; in the same rows
+    reached: Found | None  # the same in the same rows, of dilated labels; None if labels are not dilated
     health: Tensor  # (B, classes): 1, or NaN if outputs are not finite or labels neither 0 nor 1
 
 
@@ -128,19 +128,16 @@ def find_sides(
         raise ValueError(suspicion)
     with torch.no_grad(), torch.autocast(given.outputs.device.type, enabled=False):
         x, truth = _to_activate(given, options), to_compare(given, options)
-        merged = None
-        if rules.dilated:
-            merged = _merged(truth, rules)
-            found = reached = find(x, merged > 0, None, _PIXEL, options)
-        else:
-            found = reached = find(x, truth, given.ids, _PIXEL, options)
+        merged = _merged(truth, rules) if rules.dilated else None
+        found = find(x, truth if merged is None else merged > 0, given.ids, _PIXEL, options)
         health = _health(given, x, truth, found, options)
         if cc_output_batch is not None:
             ids = whole("cc_output_batch", unwrap(cc_output_batch))
-            reached = found = _with_output_ids(x, found, ids, options)
-        if merged is not None:
-            found = _with_rows(x, reached, ops.LABELS, torch.where(truth > 0.5, merged, 0), options)
-    return Sides(x, found, reached, health)
+            found = _with_output_ids(x, found, ids, options)
+        if merged is None:
+            return Sides(x, found, None, health)
+        as_they_were = _with_rows(x, found, ops.LABELS, torch.where(truth > 0.5, merged, 0), options)
+        return Sides(x, as_they_were, found, health)
 
 
 _PIXEL = ops.NOT_FUSED, quantities.MASS
@@ -228,7 +225,8 @@ def _with_rows(x: Tensor, found: Found, side: int, ids: Tensor, options: Options
     counts[side] = count
     counts[ops.KEPT] = counts[ops.OUTPUTS]
     pairs = found.pairs if on_labels else 2 * x[0].numel()
-    return found._replace(sites=sites, counts=torch.stack(counts), geometry=torch.cat(padded), pairs=pairs)
+    # (no _replace: torch 2.6 can't compile it)
+    return Found(sites, torch.stack(counts), torch.cat(padded), found.pixel_sums, found.health, pairs)
 
 
 class Matches(NamedTuple):
@@ -253,8 +251,10 @@ def match(sides: Sides, rules: Rules) -> Matches:
 
 def _match_by_overlap(sides: Sides) -> Matches:
     """Match whatever touches; all of it is in the table of sums."""
-    out, reached = _sums(sides.x, sides.reached)
-    lab = reached if sides.found is sides.reached else _sums(sides.x, sides.found)[1]
+    out, lab = _sums(sides.x, sides.found)
+    reached = lab
+    if sides.reached is not None:
+        out, reached = _sums(sides.x, sides.reached)
     output_sizes, label_sizes = sides.found.geometry[:, :, ops.SIZE].chunk(2)
     used = [ops.first_rows(sides.found.counts[side], output_sizes.shape[1]) for side in (ops.OUTPUTS, ops.LABELS)]
     detected = used[1] & (reached[..., ops.TOUCHED] > 0)
@@ -277,15 +277,11 @@ class Majorities(NamedTuple):
     """For each output the only label that may be more than half of both together, (n, rows)."""
 
     used: Tensor  # whether there is one
+    iou: Tensor
     shared: Tensor  # voxels that both share
     sizes: Tensor  # voxels of both together, shared ones twice
     output_sizes: Tensor
     label_sizes: Tensor
-
-    @property
-    def iou(self) -> Tensor:
-        """Intersection over union of both."""
-        return self.shared / (self.sizes - self.shared)
 
 
 def majorities(sides: Sides) -> Majorities:
@@ -316,7 +312,8 @@ def majorities(sides: Sides) -> Majorities:
     label = pair - base * torch.arange(1, rows + 1, device=x.device)
     used = ops.first_rows(found.counts[ops.OUTPUTS], rows) & (label > 0) & (label < base)
     label_sizes = lab_sizes.gather(1, label.clamp(1, rows) - 1)
-    return Majorities(used, shared, out_sizes + label_sizes, out_sizes, label_sizes)
+    sizes = out_sizes + label_sizes
+    return Majorities(used, shared / (sizes - shared), shared, sizes, out_sizes, label_sizes)
 
 
 class Pairs(NamedTuple):
@@ -330,10 +327,10 @@ class Pairs(NamedTuple):
 
 def touching_pairs(sides: Sides) -> Pairs:
     """All pairs that touch; how many there are is read, so on CUDA this waits."""
-    *_, out, lab = ops.row_maps(sides.x, list(sides.reached.sites))
+    *_, out, lab = ops.row_maps(sides.x, list((sides.reached or sides.found).sites))
     at = ((out > 0) & (lab > 0)).flatten().nonzero()[:, 0]
     inside = torch.ones_like(at, dtype=torch.bool)
-    if sides.found is not sides.reached:
+    if sides.reached is not None:
         inside = ops.row_maps(sides.x, list(sides.found.sites))[3].flatten()[at] > 0
     rows, inside = torch.stack((at // out[0].numel(), out.flatten()[at] - 1, lab.flatten()[at] - 1)).cpu(), inside.cpu()
     most = rows.amax(dim=1) + 1 if rows.shape[1] else torch.ones(3, dtype=torch.int64)
