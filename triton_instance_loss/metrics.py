@@ -90,7 +90,7 @@ def instance_metrics(
     A share of nothing is 1: sensitivity without labels, precision without outputs, RQ without either. SQ and dice
     without a match are 0, or 1 if there is no instance at all. So two empty volumes have 1 everywhere, and if only one
     of them is empty f1, RQ, SQ, dice and panoptic_quality are 0. `num_labels` tells which samples to leave out of a
-    mean.
+    mean. In a stratum of `sizes` the same holds of its instances.
 
     Args:
         outputs: (B, N, *spatial), float16, bfloat16, float32 or float64: logits, or probabilities with
