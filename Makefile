@@ -6,6 +6,7 @@
 #   make test-ptx       run the kernels as compiled for a GPU, without one; needs gcc
 #   make test-nnunet    train with nnU-Net, in an environment of its own, .venv-nnunet
 #   make test-panoptica    compare the stored answers of panoptica with its own, in .venv-panoptica
+#   make test-stardist     the same of StarDist, in .venv-stardist
 #   make test-wheel     build a wheel from the commit or tag TAG, and run the whole test suite on it, in build/wheel
 #   make docs           the API page, build/docs/api.html
 #
@@ -18,12 +19,13 @@ BIN := $(VENV)/bin
 NNUNET_VENV ?= .venv-nnunet
 NNUNET_BIN := $(NNUNET_VENV)/bin
 PANOPTICA_VENV ?= .venv-panoptica
+STARDIST_VENV ?= .venv-stardist
 TAG ?= HEAD
 
 # Packages are compiled when they are first imported (pip's --no-compile), which must then be kept.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-ptx test-nnunet nnunet-2d nnunet-3d test-panoptica test-wheel docs lint clean
+.PHONY: demo test test-ptx test-nnunet nnunet-2d nnunet-3d test-panoptica test-stardist test-wheel docs lint clean
 
 demo: $(VENV)/examples
 	$(BIN)/python examples/quickstart.py
@@ -48,6 +50,11 @@ test-panoptica:
 	test -x $(PANOPTICA_VENV)/bin/python || $(PYTHON) -m venv $(PANOPTICA_VENV)
 	$(PANOPTICA_VENV)/bin/python -m pip install --quiet --no-compile panoptica==2.1.7
 	$(PANOPTICA_VENV)/bin/python tests/panoptica_answers.py
+
+test-stardist:
+	test -x $(STARDIST_VENV)/bin/python || $(PYTHON) -m venv $(STARDIST_VENV)
+	$(STARDIST_VENV)/bin/python -m pip install --quiet --no-compile stardist==0.9.2
+	$(STARDIST_VENV)/bin/python tests/stardist_answers.py
 
 # The sources of the package are gone before the tests run, so they can only import what was installed.
 test-wheel: $(VENV)/dev
@@ -86,4 +93,4 @@ $(NNUNET_VENV)/nnunet: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(NNUNET_VENV) $(PANOPTICA_VENV) build dist *.egg-info
+	rm -rf $(VENV) $(NNUNET_VENV) $(PANOPTICA_VENV) $(STARDIST_VENV) build dist *.egg-info

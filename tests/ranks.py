@@ -192,6 +192,17 @@ def gradients_beside_an_empty_rank(rank, device):
     return results
 
 
+def metrics_of_halves(rank, average):
+    """The metrics of all ranks, where rank 0 has three samples in two batches and rank 1 one."""
+    from triton_instance_loss.torchmetrics import InstanceMetric
+
+    metric = InstanceMetric(average=average, sizes=(20,))
+    images, labels = joint_batch("cpu")
+    for samples in ((slice(0, 1), slice(1, 3)), (slice(3, 4),))[rank]:
+        metric.update(images[samples], labels[samples])
+    return metric.compute()
+
+
 def run_recipe(rank, block):
     """Run a block of docs/recipes.md; the gradients of its network, and how many voxels its labels have."""
     variables = {"__name__": "__main__"}

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from triton_instance_loss import InstanceLoss, WeightedSum
+from triton_instance_loss.metrics import average_precision, instance_metrics
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -29,6 +30,23 @@ def test_no_synchronisation(no_synchronisation, options):
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     sum(loss(outputs, labels)).backward()
+
+
+@pytest.mark.parametrize("matching", ["overlap", "iou", "dilated"])
+def test_metrics_never_synchronise(no_synchronisation, matching):
+    outputs, labels = batch(0)
+    numbers = torch.arange(labels.numel(), device="cuda").view(labels.shape) // 7
+    asked = {"sizes": (2, 9), "spacing": (1, 1, 2), "min_instance_size": 2.5, "cc_output_batch": numbers}
+
+    def metrics():
+        for options in ({}, asked):
+            instance_metrics(outputs, labels, matching=matching, dilation=1, **options)
+        average_precision(outputs, labels)
+
+    metrics()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    metrics()
 
 
 def test_cuda_graph_replays_with_other_data():

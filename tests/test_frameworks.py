@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from triton_instance_loss import InstanceLoss, WeightedSum, checks, connected_components, ops
 from triton_instance_loss.criteria import DICE, fused_form
-from triton_instance_loss.metrics import instance_metrics
+from triton_instance_loss.metrics import average_precision, instance_metrics
 from triton_instance_loss.ratios import describe
 
 # Operators whose result Python reads, or whose shape depends on data: on CUDA each of them waits for the device.
@@ -123,11 +123,15 @@ def test_classes_and_ignored_voxels_compile_whole():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on CUDA, test_cuda.py asks the driver instead")
-@pytest.mark.parametrize("matching", ["overlap", "iou"])
+@pytest.mark.parametrize("matching", ["overlap", "iou", "dilated"])
 def test_metrics_never_synchronise(kernels_alone, matching):
     outputs, labels = batch(shape=(4, 5, 3))
+    numbers = torch.arange(labels.numel()).view(labels.shape) // 7
     with NoSynchronisation():
         metrics = instance_metrics(outputs, labels, matching=matching)
+        asked = {"sizes": (2, 9), "spacing": (1, 1, 2), "min_instance_size": 2.5, "cc_output_batch": numbers}
+        metrics += instance_metrics(outputs, labels, matching=matching, **asked)
+        metrics += (average_precision(outputs, labels),)
     assert all(torch.isfinite(value).all() for value in metrics)
 
 
@@ -240,17 +244,21 @@ def test_compiles_for_several_shapes(dynamic):
         torch.testing.assert_close(compiled(outputs, labels), loss(outputs, labels))
 
 
-@pytest.mark.parametrize("matching", ["overlap", "iou"])
-def test_metrics_compile_whole(matching):
+@pytest.mark.parametrize("matching", ["overlap", "iou", "dilated"])
+@pytest.mark.parametrize("asked", [{}, {"sizes": (2, 9), "spacing": (1, 1, 2), "min_instance_size": 2.5}], ids=str)
+def test_metrics_compile_whole(matching, asked):
     """In one graph, for other numbers of instances and other shapes."""
     torch.compiler.reset()
     compiled = torch.compile(instance_metrics, fullgraph=True, backend="aot_eager")
     for seed, shape in enumerate(((8, 9, 7), (8, 9, 7), (10, 12, 6))):
         outputs, labels = batch(seed=seed, shape=shape)
         outputs = outputs + 4 * labels - 2
-        expected = instance_metrics(outputs, labels, matching=matching)
-        torch.testing.assert_close(compiled(outputs, labels, matching=matching), expected)
-        assert expected.matched.sum() > 0
+        options = {"matching": matching, "dilation": 1, **asked}
+        if asked:
+            options["cc_output_batch"] = torch.arange(labels.numel()).view(labels.shape) // 7
+        expected = instance_metrics(outputs, labels, **options)
+        torch.testing.assert_close(compiled(outputs, labels, **options), expected)
+        assert (expected.num_labels if asked else expected.matched).sum() > 0
 
 
 def test_weights_that_change_are_not_compiled_each_time():

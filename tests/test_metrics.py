@@ -316,7 +316,7 @@ def test_options_are_those_of_the_losses():
 
 
 WRONG = [
-    ({"matching": "dice"}, ValueError, "matching must be one of 'overlap', 'iou', got 'dice'"),
+    ({"matching": "dice"}, ValueError, "matching must be one of 'overlap', 'iou', 'dilated', got 'dice'"),
     ({"iou_threshold": 0.49}, ValueError, "iou_threshold must be a finite number of at least 0.5"),
     ({"iou_threshold": 1.01}, ValueError, "and of at most 1, got 1.01"),
     ({"iou_threshold": "0.5"}, TypeError, "iou_threshold must be a finite number"),

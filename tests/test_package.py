@@ -19,7 +19,11 @@ ORDER = [
     "nnunet",
     "losses",
     "functional",
+    "torchmetrics",
+    "plot",
+    "table",
     "metrics",
+    "matching",
     "slow",
     "terms",
     "criteria",
@@ -46,7 +50,8 @@ def python(code, **environment):
 def test_import_brings_in_nothing_heavy():
     loaded = python(
         "import sys, triton_instance_loss, triton_instance_loss.functional, triton_instance_loss.nnunet\n"
-        "heavy = ('triton', 'monai', 'nnunetv2', 'numba', 'scipy', 'matplotlib')\n"
+        "import triton_instance_loss.table\n"
+        "heavy = ('triton', 'monai', 'nnunetv2', 'numba', 'scipy', 'matplotlib', 'torchmetrics')\n"
         "print([name for name in heavy if name in sys.modules])"
     )
     assert loaded.strip() == "[]"
@@ -128,6 +133,12 @@ def test_only_the_trainers_import_nnunet():
     assert importing == ["trainer.py"]
 
 
+@pytest.mark.parametrize(("library", "room"), [("torchmetrics", "torchmetrics.py"), ("matplotlib", "plot.py")])
+def test_one_room_imports(library, room):
+    importing = [path.name for path in PACKAGE.rglob("*.py") if library in imported_rooms(path)]
+    assert importing == [room]
+
+
 def kernel_files():
     folder = ROOT / "kernels" if (ROOT / "kernels").is_dir() else PACKAGE / "kernels"
     return {path.stem: path for path in folder.glob("*.py")}
@@ -175,5 +186,7 @@ def test_public_names_are_on_the_api_page():
     page = (ROOT / "docs" / "api.rst").read_text()
     functions = [name for name, value in vars(functional).items() if name.endswith("_loss") and callable(value)]
     assert len(functions) == 4
-    for name in (*triton_instance_loss.__all__, *functions, "instance_metrics", "register_criterion"):
+    metrics = ("instance_metrics", "average_precision", "aggregated_jaccard_index", "instance_table", "draw_instances")
+    others = ("InstanceMetric", "register_criterion")
+    for name in (*triton_instance_loss.__all__, *functions, *metrics, *others):
         assert re.search(rf"\b{name}\b", page), name

@@ -168,6 +168,15 @@ def run_blocks(name):
     return tried
 
 
+def test_metrics():
+    """Its lines, and the headings that it links to; it is linked itself."""
+    assert run_blocks("metrics.md") > 20
+    assert "docs/metrics.md" in (ROOT / "README.md").read_text()
+    recipes = (ROOT / "docs" / "recipes.md").read_text()
+    assert "](metrics.md)" in recipes
+    assert "## Metrics and pictures of a validation" in recipes
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_troubleshooting():
     """Its lines, a block for each symptom; it is linked, and links to headings that are there."""

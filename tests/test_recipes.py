@@ -11,6 +11,7 @@ from reference import TERMS
 from training import fell
 
 from triton_instance_loss import InstanceLoss, WeightedSum
+from triton_instance_loss.metrics import instance_metrics
 
 PAGE = (Path(__file__).parents[1] / "docs" / "recipes.md").read_text()
 
@@ -182,6 +183,16 @@ def test_several_processes(tmp_path):
     assert all(grad.any() for grad in grads)
     assert empty == 0
     assert lesions > 0
+
+
+def test_metrics_and_pictures(recipe, tmp_path):
+    pytest.importorskip("torchmetrics", reason="its metric needs torchmetrics")
+    variables, printed = recipe("Metrics and pictures of a validation")
+    assert printed[0].startswith("{'num_outputs': ")
+    by_size = instance_metrics(variables["images"] * 0 - 1, variables["labels"], **variables["options"], sizes=(5, 20))
+    assert variables["by_size"].compute()["num_labels"].tolist() == by_size.num_labels.sum(0).tolist()
+    assert by_size.num_labels.sum() > 20
+    assert (tmp_path / "instances.png").stat().st_size > 10_000
 
 
 @pytest.mark.filterwarnings("ignore:.*(GradScaler|metadata)")

@@ -80,7 +80,7 @@ def check_and_widen(
         num_classes=len(options.classes),
         label_channels=(1,) if options.to_onehot_y else (options.num_out_chn,) if several else (1, options.num_out_chn),
     )
-    ids = None if cc_label_batch is None else _whole(unwrap(cc_label_batch))
+    ids = None if cc_label_batch is None else whole("cc_label_batch", unwrap(cc_label_batch))
     outputs, labels = widen(unwrap(outputs)), widen(unwrap(labels))
     ignored = None if ignore_mask is None else unwrap(ignore_mask)
     if options.ignore_index is not None:
@@ -94,14 +94,14 @@ def check_and_widen(
     return Given(outputs, labels, ids, ignored)
 
 
-def _whole(ids: Tensor) -> Tensor:
+def whole(name: str, ids: Tensor) -> Tensor:
     """Given ids as int32 if they are, else as int64; looked at where that is free, or under the debug switch."""
     # (uint64 wraps, and shows as negative)
     ids = ids if ids.dtype == torch.uint64 else widen(ids)
-    whole = ids if ids.dtype == torch.int32 else ids.long()
+    numbers = ids if ids.dtype == torch.int32 else ids.long()
     if checks.debugging(ids):
-        checks.component_ids(ids if ids.is_floating_point() else whole)
-    return whole
+        checks.component_ids(name, ids if ids.is_floating_point() else numbers)
+    return numbers
 
 
 def activation_of(options: Options) -> tuple[int, float]:

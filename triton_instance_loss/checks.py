@@ -84,6 +84,28 @@ def number(
     return value
 
 
+def ascending(
+    name: str, value: Any, minimum: float, maximum: float = math.inf, *, above_minimum: bool = False
+) -> tuple[float, ...]:
+    """`value` must be a sequence of numbers as `number` has them, each larger than the one before; gives a tuple."""
+    value = plain(value)
+    if not isinstance(value, tuple) or not value:
+        raise TypeError(f"{name} must be a sequence of ascending numbers, one at least, got {value!r}.")
+    for place, each in enumerate(value):
+        number(f"{name}[{place}]", each, minimum, maximum, above_minimum=above_minimum)
+    if any(value[place] <= value[place - 1] for place in range(1, len(value))):
+        raise ValueError(f"{name} must be a sequence of ascending numbers, one at least, got {value!r}.")
+    return value
+
+
+def spacing(name: str, value: Any, spatial_dims: int) -> tuple[float, ...]:
+    """`value` must be the size of a voxel along each axis; gives it as a tuple."""
+    value = plain(value)
+    if not isinstance(value, tuple) or len(value) != spatial_dims:
+        raise ValueError(f"{name} must be {spatial_dims} numbers above 0, one for each axis, got {value!r}.")
+    return tuple([number(name, each, 0, above_minimum=True) for each in value])
+
+
 def channels(name: str, value: Any, count: int) -> None:
     """`value` must be a channel, or a tuple of different ones, of `count`; of a single one, any number will do."""
     several = isinstance(value, tuple)
@@ -235,18 +257,23 @@ def inputs(
     tensor("labels", labels)
     same_place("labels", labels, outputs, label_channels)
     if cc_label_batch is not None:
-        tensor("cc_label_batch", cc_label_batch)
-        if cc_label_batch.dtype == torch.bool:
-            raise TypeError(
-                "cc_label_batch must hold the number of an instance at each voxel, got torch.bool, a mask; leave it "
-                "out, and components are found."
-            )
-        same_place("cc_label_batch", cc_label_batch, outputs, (1,))
+        instance_numbers("cc_label_batch", cc_label_batch, outputs)
     if ignore_mask is not None:
         tensor("ignore_mask", ignore_mask)
         if ignore_mask.dtype != torch.bool:
             raise TypeError(f"ignore_mask must be bool, True where a voxel is ignored, got {ignore_mask.dtype}.")
         same_place("ignore_mask", ignore_mask, outputs, (1,))
+
+
+def instance_numbers(name: str, value: Any, outputs: Tensor) -> None:
+    """`value` must hold the number of an instance at each voxel of `outputs`."""
+    tensor(name, value)
+    if value.dtype == torch.bool:
+        raise TypeError(
+            f"{name} must hold the number of an instance at each voxel, got torch.bool, a mask; leave it out, and "
+            "components are found."
+        )
+    same_place(name, value, outputs, (1,))
 
 
 def warn_once(owner: Any, topic: str, message: str) -> None:
@@ -269,7 +296,7 @@ def _is_traced(value: Tensor) -> bool:
     return type(value) not in (Tensor, torch.nn.Parameter) and hasattr(value, "fake_mode")
 
 
-def component_ids(ids: Tensor) -> None:
+def component_ids(name: str, ids: Tensor) -> None:
     """Precomputed components are 0 or positive whole numbers."""
     lowest = ids.min()  # of int64 several times as fast as amin
     broken = lowest if not bool(lowest >= 0) else None  # catches NaN too
@@ -277,7 +304,7 @@ def component_ids(ids: Tensor) -> None:
         outside = (ids != ids.trunc()) | (ids >= 2.0**63)
         broken = ids[outside].flatten()[0] if bool(outside.any()) else None
     if broken is not None:
-        raise ValueError(f"cc_label_batch must hold whole numbers >= 0, got {broken.item()!r} among them.")
+        raise ValueError(f"{name} must hold whole numbers >= 0, got {broken.item()!r} among them.")
 
 
 def mask(name: str, values: Tensor, advice: str) -> None:

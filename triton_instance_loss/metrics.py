@@ -1,20 +1,28 @@
-"""Instance metrics from the tables that the losses are made of: `instance_metrics`."""
+"""Instance metrics from the tables that the losses are made of.
+
+`instance_metrics` counts and compares; `average_precision` and `aggregated_jaccard_index` are for label maps.
+"""
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from . import checks, ops, quantities
-from .activation import Given, check_and_widen, health_of, to_activate, to_compare, to_volume
-from .components import rows_of_tables
-from .instances import Found, find
-from .options import Options
+from . import checks, ops
+from .matching import Matches, Matching, Rules, Sides, find_sides, majorities, match, rules, touching_pairs
+
+# Those of the 2018 Data Science Bowl.
+THRESHOLDS = (0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
 
 
 class InstanceMetrics(NamedTuple):
-    """What `instance_metrics` returns; each field is (B,), one number a sample, or of several classes (B, classes)."""
+    """What `instance_metrics` returns.
+
+    Each field is (B,), one number a sample; of several classes (B, classes); with `sizes` it has one more axis at the
+    end, of the strata.
+    """
 
     num_outputs: Tensor
     num_labels: Tensor
@@ -30,31 +38,26 @@ class InstanceMetrics(NamedTuple):
     dice: Tensor
 
 
-class _Matches(NamedTuple):
-    """What a matching finds in each sample, (B,) float64."""
-
-    detected: Tensor  # matched labels
-    correct: Tensor  # matched outputs
-    iou: Tensor  # summed over the matched labels
-    dice: Tensor
-
-
 @checks.not_scriptable
 def instance_metrics(
     outputs: Tensor,
     labels: Tensor,
     cc_label_batch: Tensor | None = None,
     *,
+    cc_output_batch: Tensor | None = None,
     ignore_mask: Tensor | None = None,
-    matching: Literal["overlap", "iou"] = "overlap",
+    matching: Matching = "overlap",
     iou_threshold: float = 0.5,
+    dilation: int = 3,
+    sizes: Sequence[float] | None = None,
+    spacing: Sequence[float] | None = None,
     activation: str = "sigmoid",
     num_out_chn: int = 1,
     object_chn: int | Sequence[int] = 1,
     spatial_dims: int = 3,
     num_iterations: int | None = None,
     segmentation_threshold: float | None = None,
-    min_instance_size: int = 0,
+    min_instance_size: float = 0,
     to_onehot_y: bool = False,
     ignore_index: float | None = None,
 ) -> InstanceMetrics:
@@ -66,6 +69,9 @@ def instance_metrics(
       compared with the union U_j of all outputs that touch it: IoU_j = |L_j and U_j| / |L_j or U_j|.
     - "iou": O_i and L_j match, one to one, if their IoU is above `iou_threshold`, and both are matched and correct.
       From 0.5 on there is no choice: no other instance can have as large an IoU with either of them.
+    - "dilated": as "overlap", with labels that reach `dilation` voxels farther. Components of the dilated labels are
+      the label instances, so that labels close to each other are one; an output that touches the dilated label matches
+      it. IoU and Dice are with the label as it was, and 0 where the two do not meet.
 
     The fields are:
 
@@ -84,17 +90,25 @@ def instance_metrics(
     A share of nothing is 1: sensitivity without labels, precision without outputs, RQ without either. SQ and dice
     without a match are 0, or 1 if there is no instance at all. So two empty volumes have 1 everywhere, and if only one
     of them is empty f1, RQ, SQ, dice and panoptic_quality are 0. `num_labels` tells which samples to leave out of a
-    mean.
+    mean. In a stratum of `sizes` the same holds of its instances.
 
     Args:
         outputs: (B, N, *spatial), float16, bfloat16, float32 or float64: logits, or probabilities with
             `activation="none"`.
         labels: (B, 1, *spatial) or (B, N, *spatial), any real dtype; 0 or 1, foreground where above 0.5.
-        cc_label_batch: (B, 1, *spatial), optional precomputed components of `labels`: 0 = background, any positive
-            whole number = an instance.
+        cc_label_batch: (B, 1, *spatial), optional numbers of the label instances, looked at where `labels` are
+            foreground: 0 = in no instance, any positive whole number = an instance. None: connected components.
+        cc_output_batch: (B, 1, *spatial), optional: the same of the outputs, for instances that touch each other. Of
+            a label map, give `(numbers > 0).float()` as `outputs` with `activation="none"`, and `numbers` here.
         ignore_mask: (B, 1, *spatial) bool, optional: where True, a voxel is neither foreground nor background.
-        matching: "overlap" or "iou".
+        matching: "overlap", "iou" or "dilated".
         iou_threshold: from 0.5 to 1, used with "iou" alone; a pair has to be above it.
+        dilation: a whole number of steps from 1 on, used with "dilated" alone. A step goes to voxels that share a face
+            or an edge, in 2D also a corner.
+        sizes: ascending numbers above 0: where strata of sizes begin. (10, 100) makes three: below 10, from 10 on, and
+            from 100 on. A label counts in the stratum of its own size, and so does an output. None: no strata.
+        spacing: the size of a voxel along each axis, in mm. With it, `sizes` and `min_instance_size` are in mm^3 (in
+            2D mm^2), without it in voxels.
         activation: "sigmoid", "softmax" or "none"; this and all that follow are as in `InstanceLoss`.
         num_out_chn: channels of `outputs`.
         object_chn: the channel that is looked at, counted from 0, if there are several; or several of them.
@@ -102,27 +116,31 @@ def instance_metrics(
         num_iterations: None for whole components, or rounds of max-pooling as in the published code.
         segmentation_threshold: an output voxel is foreground from here on. None: 0.5, and with "softmax" where the
             class has the largest probability (of equally large ones the first).
-        min_instance_size: components of this many voxels or fewer are background, on both sides.
+        min_instance_size: instances of this size or smaller are background, on both sides; a whole number of voxels,
+            or with `spacing` any number of mm^3. With "dilated", labels that are one are measured together.
         to_onehot_y: `labels` are (B, 1, *spatial) and hold the number of a class.
         ignore_index: voxels of this label are ignored.
 
     Returns:
-        `InstanceMetrics`, a named tuple of tensors (B,), or (B, classes) if `object_chn` is a sequence, in float32, or
-        float64 if `outputs` is, on their device. Counts are whole numbers. A sample with NaN or infinity in what is
-        looked at of its outputs has NaN in every field; finite outputs never give NaN.
+        `InstanceMetrics`, a named tuple of tensors (B,), or (B, classes) if `object_chn` is a sequence, with `sizes`
+        (B, strata) or (B, classes, strata); in float32, or float64 if `outputs` is, on their device. Counts are whole
+        numbers, and add up over strata. A sample with NaN or infinity in what is looked at of its outputs has NaN in
+        every field; finite outputs never give NaN.
 
     Raises:
         TypeError: An argument has the wrong type (integer or complex `outputs`, ...).
-        ValueError: An option or shape is not allowed, or the tensors do not fit each other; and, looked for on the CPU
-            always, on CUDA if the environment variable TRITON_INSTANCE_LOSS_DEBUG is 1: labels that are neither 0 nor
-            1, and, with "sigmoid", outputs that all lie in [0, 1], as probabilities or a mask do.
+        ValueError: An option or shape is not allowed, or the tensors do not fit each other; `cc_label_batch` or
+            `num_iterations` with "dilated"; and, looked for on the CPU always, on CUDA if the environment variable
+            TRITON_INSTANCE_LOSS_DEBUG is 1: labels that are neither 0 nor 1, numbers of instances that are negative or
+            not whole, and, with "sigmoid", outputs that all lie in [0, 1], as probabilities or a mask do.
         NotImplementedError: Under torch.vmap, torch.jit.trace or torch.jit.script.
 
     Note:
         Not differentiable, deterministic on every device, and without a synchronisation with the host on CUDA: that
         comes when a value is read. "overlap" costs as much as the forward of a loss. "iou" sorts one int64 key a
         voxel, which takes 24 bytes a voxel and what the sort itself needs; on the CPU, where counting is free, only
-        keys where outputs and labels overlap are sorted.
+        keys where outputs and labels overlap are sorted. "dilated" labels once more, and sums twice. On CUDA, given
+        numbers of instances take tables with a row for each voxel, about 250 bytes.
 
         Unlike the losses, metrics have no `max_cc_out` and no `mul_too_many`.
 
@@ -130,6 +148,9 @@ def instance_metrics(
         Panoptic quality: Kirillov et al., CVPR 2019. Values and names of "iou" are those of panoptica (Kofler et al.,
         2023; its `NaiveThresholdMatching` with `strict_threshold`, as in the paper), except that it has NaN where both
         volumes are empty. Lesion-wise F1 from two ratios: the WMH segmentation challenge, Kuijf et al., TMI 2019.
+        "dilated": the lesion-wise scores of BraTS 2023, which dilate 3 times (GLI) or once (METS). Their lesion-wise
+        Dice, without the Hausdorff distances and without leaving out small labels, is
+        dice * matched / (num_labels + false).
 
     Example:
         >>> import torch
@@ -141,9 +162,11 @@ def instance_metrics(
         >>> instance_metrics(outputs, labels, activation="none", spatial_dims=2).matched.item()
         2.0
     """
-    checks.choice("matching", matching, ("overlap", "iou"))
-    iou_threshold = checks.number("iou_threshold", iou_threshold, 0.5, 1.0)
-    options = Options(
+    asked = rules(
+        matching=matching,
+        iou_threshold=iou_threshold,
+        dilation=dilation,
+        spacing=spacing,
         activation=activation,
         num_out_chn=num_out_chn,
         object_chn=object_chn,
@@ -153,108 +176,218 @@ def instance_metrics(
         min_instance_size=min_instance_size,
         to_onehot_y=to_onehot_y,
         ignore_index=ignore_index,
-        max_cc_out=0,  # every output is kept,
-        mul_too_many=checks.MAX_VOXELS,  # and there are never too many
     )
-    given = check_and_widen(outputs, labels, cc_label_batch, ignore_mask, options)
-    if activation == "sigmoid" and (suspicion := checks.logits(outputs, activation, given.ignored)) is not None:
-        raise ValueError(suspicion)
-    with torch.no_grad(), torch.autocast(given.outputs.device.type, enabled=False):
-        x, truth = _to_activate(given, options), to_compare(given, options)
-        pixel = ops.NOT_FUSED, quantities.MASS
-        found = find(x, truth, given.ids, pixel, options)
-        matches = _match_by_overlap(x, found) if matching == "overlap" else _match_by_iou(x, found, iou_threshold)
-        health = found.health
-        num_outputs, num_labels = found.counts[ops.OUTPUTS].double(), found.counts[ops.LABELS].double()
-        metrics = _from_matches(num_outputs, num_labels, matches)
-        shape = (len(given.outputs), len(options.classes))
-        looked_at = given.outputs.flatten(1)[:, None] if activation == "softmax" else x.view(*shape, -1)
-        all_well = activation != "softmax" and rows_of_tables(x, 1) == 0 and bool(health == 1)  # where looking is free
-        health = health if all_well else health_of(looked_at, truth.view(*shape, -1), dim=2)
-        of_classes = (value.view(shape).to(x.dtype) * health for value in metrics)
-        single = isinstance(options.object_chn, int)
-        return InstanceMetrics(*(value[:, 0] if single else value for value in of_classes))
+    limits = asked.sizes("sizes", sizes)
+    sides = find_sides(outputs, labels, cc_label_batch, cc_output_batch, ignore_mask, asked)
+    with torch.no_grad(), torch.autocast(sides.x.device.type, enabled=False):
+        found = metrics_of_totals(*_totals(sides, match(sides, asked), limits))
+        strata = (len(limits) + 1,) if limits else ()
+        return InstanceMetrics(*(_of_classes(value, sides, asked, strata) for value in found))
 
 
-def _to_activate(given: Given, options: Options) -> Tensor:
-    """The volume that the activation works on; of a softmax without a threshold 1 where the class is the largest."""
-    if options.activation != "softmax" or options.segmentation_threshold is not None:
-        return to_activate(given, options)
-    largest = given.outputs.argmax(dim=1, keepdim=True)
-    chosen = torch.cat([largest == channel for channel in options.channels], dim=1)
-    if given.ignored is not None:
-        chosen &= ~given.ignored
-    return to_volume(chosen.to(given.outputs.dtype))
+def _of_classes(value: Tensor, sides: Sides, asked: Rules, last: tuple[int, ...] = ()) -> Tensor:
+    """(n, ...) -> (B, *last), or (B, classes, *last) of several classes; NaN where something is broken."""
+    shape = -1, len(asked.options.classes)
+    health = sides.health if sides.health.ndim == 0 else sides.health.view(*shape, *[1 for _ in last])
+    value = value.view(*shape, *last).to(sides.x.dtype) * health
+    return value[:, 0] if isinstance(asked.options.object_chn, int) else value
 
 
-def _match_by_overlap(x: Tensor, found: Found) -> _Matches:
-    """Match whatever touches; all of it is in the table of sums."""
-    # Of a foreground of ones, and without no_tp, COST of a label is the size of all outputs that touch it.
-    sums, *_ = ops.sum_instances(
-        x, list(found.sites), found.counts, found.geometry, ops.GIVEN, quantities.MASS, False, found.pairs
-    )
-    out, lab = sums.chunk(2)
-    sizes = found.geometry[len(x) :, :, ops.SIZE]
-    out_used, lab_used = (ops.first_rows(found.counts[side], out.shape[1]) for side in (ops.OUTPUTS, ops.LABELS))
-    detected = lab_used & (lab[..., ops.TOUCHED] > 0)
-    correct = out_used & (out[..., ops.OVERLAP] > 0)
-    return _summed(detected, correct, lab[..., ops.TOUCHED], sizes + lab[..., ops.COST])
+class Totals(NamedTuple):
+    """What metrics are made of, float64: counts, and what is averaged as sums. Of many samples they may be added up."""
+
+    num_outputs: Tensor
+    num_labels: Tensor
+    matched: Tensor  # labels
+    correct: Tensor  # outputs
+    iou: Tensor  # over the matched labels
+    dice: Tensor
 
 
-def _match_by_iou(x: Tensor, found: Found, threshold: float) -> _Matches:
-    """Match pairs of IoU above `threshold`, at least 0.5: such a label holds more than half of its output.
-
-    So it is the median of the labels that the voxels of its output lie on: sort those, and look at the middle.
-    """
-    out_sizes, lab_sizes = found.geometry[:, :, ops.SIZE].chunk(2)
-    batch, rows = out_sizes.shape
-    # One key for each pair of rows, in the order of outputs and then of labels; 0 where either has none.
-    base = rows + 1
-    if rows_of_tables(x, rows) == 0:  # shapes may depend on data, and sites are lists of voxels
-        (voxels,), sides = found.sites
-        both = (sides > 0).all(dim=0)
-        sample, (out_rows, lab_rows) = voxels[both] // x[0].numel(), sides[:, both].long()
-        keys = torch.where(sample == torch.arange(batch)[:, None], out_rows * base + lab_rows, 0)
-        keys = torch.nn.functional.pad(keys, (1, 0))
-    else:
-        _, _, out_rows, lab_rows = (volume.flatten(1) for volume in ops.row_maps(x, list(found.sites)))
-        keys = torch.where((out_rows > 0) & (lab_rows > 0), out_rows.long() * base + lab_rows, 0)
-    keys = keys.sort(dim=1).values
-    # Where the keys of each output begin, and those of the next one.
-    begins = torch.searchsorted(keys, (base * torch.arange(1, rows + 2, device=x.device)).repeat(batch, 1))
-    middle = (begins[:, :-1] + begins[:, 1:]) // 2
-    pair = keys.gather(1, middle.clamp(max=keys.shape[1] - 1))
-    shared = torch.searchsorted(keys, pair, right=True) - torch.searchsorted(keys, pair)
-    label = pair - base * torch.arange(1, rows + 1, device=x.device)
-    used = ops.first_rows(found.counts[ops.OUTPUTS], rows) & (label > 0) & (label < base)
-    sizes = out_sizes + lab_sizes.gather(1, label.clamp(1, rows) - 1)
-    matched = used & (shared / (sizes - shared) > threshold)
-    return _summed(matched, matched, shared, sizes)
-
-
-def _summed(detected: Tensor, correct: Tensor, shared: Tensor, sizes: Tensor) -> _Matches:
-    """Sum over the rows `detected`, where two volumes of `sizes` voxels together share `shared`."""
-    shared, sizes = shared.double(), sizes.double()
+def _totals(sides: Sides, matches: Matches, limits: tuple[int, ...]) -> Totals:
+    """Of each sample (n,), or of each of its strata (n, strata)."""
+    counts, rows = sides.found.counts, matches.detected.shape[1]
+    num_outputs, num_labels = counts[ops.OUTPUTS].double(), counts[ops.LABELS].double()
+    detected, correct = matches.detected, matches.correct
+    if limits:
+        sizes = sides.found.geometry[:, :, ops.SIZE].chunk(2)
+        used = (ops.first_rows(counts[side], rows) for side in (ops.OUTPUTS, ops.LABELS))
+        num_outputs, num_labels = (
+            _in_strata(*pair, limits).sum(dim=1).double() for pair in zip(used, sizes, strict=True)
+        )
+        detected = _in_strata(detected, matches.label_sizes, limits)
+        correct = _in_strata(correct, matches.output_sizes, limits)
+    shared, both = matches.shared.double(), matches.sizes.double()
+    if limits:
+        shared, both = shared[..., None], both[..., None]
     iou, dice = (
         torch.where(detected, part / whole, 0.0).sum(dim=1)
-        for part, whole in ((shared, sizes - shared), (2.0 * shared, sizes))
+        for part, whole in ((shared, both - shared), (2.0 * shared, both))
     )
-    return _Matches(detected.sum(dim=1).double(), correct.sum(dim=1).double(), iou, dice)
+    return Totals(num_outputs, num_labels, detected.sum(dim=1).double(), correct.sum(dim=1).double(), iou, dice)
 
 
-def _from_matches(num_outputs: Tensor, num_labels: Tensor, matches: _Matches) -> InstanceMetrics:
-    """The metrics, in the order of their fields."""
-    matched = matches.detected
-    missed, false = num_labels - matched, num_outputs - matches.correct
-    sensitivity, precision = _ratio(matched, num_labels, 1.0), _ratio(matches.correct, num_outputs, 1.0)
+def _in_strata(mask: Tensor, sizes: Tensor, limits: tuple[int, ...]) -> Tensor:
+    """(n, rows) -> (n, rows, strata): which rows of `mask` are in each stratum of sizes."""
+    # (compared with numbers of Python, which need no copy to the device)
+    above = [mask, *[mask & (sizes >= limit) for limit in limits], torch.zeros_like(mask)]
+    return torch.stack([above[place] & ~above[place + 1] for place in range(len(limits) + 1)], dim=-1)
+
+
+def metrics_of_totals(
+    num_outputs: Tensor, num_labels: Tensor, matched: Tensor, correct: Tensor, iou: Tensor, dice: Tensor
+) -> InstanceMetrics:
+    """The metrics that follow from totals."""
+    missed, false = num_labels - matched, num_outputs - correct
+    sensitivity, precision = _ratio(matched, num_labels, 1.0), _ratio(correct, num_outputs, 1.0)
     f1 = _ratio(2.0 * sensitivity * precision, sensitivity + precision, 0.0)
     recognition = _ratio(matched, matched + (false + missed) / 2.0, 1.0)
     without_match = (num_outputs + num_labels == 0).double()
-    segmentation, dice = (_ratio(total, matched, without_match) for total in (matches.iou, matches.dice))
-    quality = (recognition, segmentation, recognition * segmentation, dice)
+    segmentation, overlap = (_ratio(total, matched, without_match) for total in (iou, dice))
+    quality = (recognition, segmentation, recognition * segmentation, overlap)
     return InstanceMetrics(num_outputs, num_labels, matched, missed, false, sensitivity, precision, f1, *quality)
 
 
 def _ratio(part: Tensor, whole: Tensor, otherwise: Tensor | float) -> Tensor:
     """Elementwise part / whole, or `otherwise` where whole is 0."""
     return torch.where(whole > 0, part / torch.where(whole > 0, whole, 1.0), otherwise)
+
+
+@checks.not_scriptable
+def average_precision(
+    outputs: Tensor,
+    labels: Tensor,
+    cc_label_batch: Tensor | None = None,
+    *,
+    cc_output_batch: Tensor | None = None,
+    ignore_mask: Tensor | None = None,
+    iou_thresholds: Sequence[float] = THRESHOLDS,
+    **options: Any,
+) -> Tensor:
+    """Average precision of the 2018 Data Science Bowl: matched / (matched + missed + false) at several IoUs.
+
+    An output and a label match, one to one, if their IoU is above the threshold, as in `instance_metrics` with "iou".
+    The score of the Bowl is the mean over its ten thresholds, which are the default, and then over images. (It is no
+    area below a curve of confidences: an instance has none.) 1 where there is no instance on either side.
+
+    Args:
+        outputs: (B, N, *spatial), float16, bfloat16, float32 or float64, as in `instance_metrics`.
+        labels: (B, 1, *spatial) or (B, N, *spatial), any real dtype; 0 or 1, foreground where above 0.5.
+        cc_label_batch: (B, 1, *spatial), optional numbers of the label instances.
+        cc_output_batch: (B, 1, *spatial), optional numbers of the output instances.
+        ignore_mask: (B, 1, *spatial) bool, optional: where True, a voxel is neither foreground nor background.
+        iou_thresholds: ascending numbers from 0.5 to 1.
+        **options: keyword options of `instance_metrics`, same names, checks and defaults, but `matching`,
+            `iou_threshold`, `dilation` and `sizes`.
+
+    Returns:
+        (B, thresholds), or (B, classes, thresholds) if `object_chn` is a sequence, in float32, or float64 if `outputs`
+        is, on their device. NaN for a sample with NaN or infinity in what is looked at of its outputs.
+
+    Raises:
+        TypeError: An argument has the wrong type, or an option is unknown.
+        ValueError: An option or shape is not allowed, or the tensors do not fit each other.
+        NotImplementedError: Under torch.vmap, torch.jit.trace or torch.jit.script.
+
+    Note:
+        Not differentiable, deterministic, and without a synchronisation with the host on CUDA. All thresholds cost as
+        much as one.
+
+    Source:
+        Caicedo et al., Nature Methods 2019. Values are those of `stardist.matching` (its accuracy) and, there,
+        `thresh`; there an IoU equal to the threshold is a match, here and in the Bowl it is none.
+
+    Example:
+        >>> import torch
+        >>> labels, outputs = torch.zeros(2, 1, 1, 4, 8)
+        >>> labels[..., :4], outputs[..., 1:4] = 1, 1  # an IoU of 3/4
+        >>> average_precision(outputs, labels, activation="none", spatial_dims=2)[0].tolist()
+        [1.0, 1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0]
+    """
+    _refuse(options, "average_precision", ("matching", "iou_threshold", "dilation", "sizes"))
+    asked = rules(matching="iou", **options)
+    thresholds = checks.ascending("iou_thresholds", iou_thresholds, 0.5, 1.0)
+    sides = find_sides(outputs, labels, cc_label_batch, cc_output_batch, ignore_mask, asked)
+    with torch.no_grad():
+        pairs = majorities(sides)
+        matched = torch.stack([(pairs.used & (pairs.iou > each)).sum(dim=1) for each in thresholds], dim=-1).double()
+        of_both = (sides.found.counts[ops.OUTPUTS] + sides.found.counts[ops.LABELS]).double()[:, None]
+        return _of_classes(_ratio(matched, of_both - matched, 1.0), sides, asked, (len(thresholds),))
+
+
+@checks.not_scriptable
+def aggregated_jaccard_index(
+    outputs: Tensor,
+    labels: Tensor,
+    cc_label_batch: Tensor | None = None,
+    *,
+    cc_output_batch: Tensor | None = None,
+    ignore_mask: Tensor | None = None,
+    **options: Any,
+) -> Tensor:
+    """The aggregated Jaccard index (AJI): one intersection over union of all instances of a sample together.
+
+    Each label L_j is paired with the output O_j* of the largest IoU, where one touches it; of equal ones the first. An
+    output may be paired with several labels. With the outputs F that are paired with none, AJI =
+    sum_j |L_j and O_j*| / (sum_j |L_j or O_j*| + sum_F |O_i|); a label that no output touches adds its size below.
+    1 where there is no instance on either side.
+
+    Args:
+        outputs: (B, N, *spatial), float16, bfloat16, float32 or float64, as in `instance_metrics`.
+        labels: (B, 1, *spatial) or (B, N, *spatial), any real dtype; 0 or 1, foreground where above 0.5.
+        cc_label_batch: (B, 1, *spatial), optional numbers of the label instances.
+        cc_output_batch: (B, 1, *spatial), optional numbers of the output instances.
+        ignore_mask: (B, 1, *spatial) bool, optional: where True, a voxel is neither foreground nor background.
+        **options: keyword options of `instance_metrics`, same names, checks and defaults, but `matching`,
+            `iou_threshold`, `dilation` and `sizes`.
+
+    Returns:
+        (B,), or (B, classes) if `object_chn` is a sequence, in float32, or float64 if `outputs` is, on their device.
+        NaN for a sample with NaN or infinity in what is looked at of its outputs.
+
+    Raises:
+        TypeError: An argument has the wrong type, or an option is unknown.
+        ValueError: An option or shape is not allowed, or the tensors do not fit each other.
+        NotImplementedError: Under torch.vmap, torch.jit.trace or torch.jit.script.
+
+    Note:
+        Not differentiable, and deterministic. On CUDA it waits for the device: how many pairs touch is read.
+
+    Source:
+        Kumar et al., IEEE TMI 2017, Algorithm 1. (What cellpose calls by this name pairs one to one.)
+
+    Example:
+        >>> import torch
+        >>> labels, outputs = torch.zeros(2, 1, 1, 4, 8)
+        >>> labels[..., :4], outputs[..., 1:4], outputs[..., 0, 6:] = 1, 1, 1
+        >>> index = aggregated_jaccard_index(outputs, labels, activation="none", spatial_dims=2)
+        >>> round(index.item(), 4)  # 12 / (16 + 2)
+        0.6667
+    """
+    _refuse(options, "aggregated_jaccard_index", ("matching", "iou_threshold", "dilation", "sizes"))
+    asked = rules(**options)
+    sides = find_sides(outputs, labels, cc_label_batch, cc_output_batch, ignore_mask, asked)
+    with torch.no_grad():
+        samples, outs, labs, shared = (each.numpy() for each in touching_pairs(sides))
+        sizes = sides.found.geometry[:, :, ops.SIZE].cpu()
+        counts = sides.found.counts.cpu()[[ops.OUTPUTS, ops.LABELS]].flatten()
+        n, rows = len(sizes) // 2, sizes.shape[1]
+        out_sizes, lab_sizes = torch.where(ops.first_rows(counts, rows), sizes, 0).view(2, n, rows).numpy()
+        union = out_sizes[samples, outs] + lab_sizes[samples, labs] - shared
+        # The first of each label, in this order, is its pair.
+        order = np.lexsort((outs, -shared / union, labs, samples))
+        firsts = order[np.unique((samples * rows + labs)[order], return_index=True)[1]]
+        paired = np.zeros((2, n, rows), dtype=bool)
+        paired[0, samples[firsts], outs[firsts]] = paired[1, samples[firsts], labs[firsts]] = True
+        unpaired = (out_sizes * ~paired[0] + lab_sizes * ~paired[1]).sum(1)
+        part = np.bincount(samples[firsts], shared[firsts], n)
+        whole = np.bincount(samples[firsts], union[firsts], n) + unpaired
+        value = _ratio(torch.from_numpy(part), torch.from_numpy(whole), 1.0).to(sides.x.device)
+        return _of_classes(value, sides, asked)
+
+
+def _refuse(options: dict[str, Any], name: str, without: tuple[str, ...]) -> None:
+    """Options of `instance_metrics` that mean nothing here."""
+    for each in without:
+        if each in options:
+            raise TypeError(f"{name} has no option {each}, got {options[each]!r}.")

@@ -68,7 +68,12 @@ def check_loss(seed, changed=lambda tensor: tensor):
     relative = tolerance(outputs.dtype) * (1 if outputs.dtype == torch.float32 else 64)
     assert_close("gradient", gradient, true_gradient, relative * max(1e-6, largest(true_gradient)))
     if outputs.isfinite().all():
-        few = dict(list(options.items())[:7], ignore_mask=ignored, matching=("overlap", "iou")[seed % 2])
+        few = dict(list(options.items())[:7], ignore_mask=ignored, matching=("overlap", "iou", "dilated")[seed % 3])
+        if few["matching"] == "dilated" and (ids is not None or few.get("num_iterations") is not None):
+            few["matching"] = "overlap"
+        if seed % 2:
+            few["cc_output_batch"] = torch.arange(labels[:, :1].numel()).view(labels[:, :1].shape) // 5
+            few["sizes"] = (2, 5)
         counted, truth = on_both(lambda: instance_metrics(outputs, labels, ids, **few))
         for name, ours, theirs in zip(truth._fields, counted, truth, strict=True):
             assert_close(name, ours, theirs, 1e-12)
