@@ -35,7 +35,7 @@ if not torch.cuda.is_available():
 from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from triton_instance_loss import InstanceLoss, checks, functional, ops
+from triton_instance_loss import InstanceLoss, checks, dispatch, functional
 from triton_instance_loss.cpu import evaluate as cpu_evaluate
 
 from . import measure, run
@@ -79,7 +79,7 @@ def _watched(begin: Begin) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         # (sums are a stage inside of the operator that evaluates the terms, in either backend)
         sums = [(cpu_evaluate, "sum_instances")]
-        if ops._TRITON_IS_INSTALLED:
+        if dispatch._TRITON_IS_INSTALLED:
             sums.append((importlib.import_module("triton_instance_loss.kernels.evaluate"), "launch_sum_instances"))
         for owner, attribute, name in ((functional, "find", "find"), *((*each, "sums") for each in sums)):
             stack.enter_context(mock.patch.object(owner, attribute, announce(name, getattr(owner, attribute))))
@@ -120,7 +120,7 @@ class Counting(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "triton_instance_loss":
             with self:
-                return ops._answer(func._schema.name.split("::")[1], *args)
+                return dispatch.answer(func._schema.name.split("::")[1], *args)
         result = func(*args, **(kwargs or {}))
         name = func._schema.name.split("::")[1]
         views = any(given.alias_info is not None and not given.alias_info.is_write for given in func._schema.returns)
@@ -168,7 +168,7 @@ def count(inputs: Inputs) -> dict[str, Counts]:
     counting = Counting()
     # As on CUDA, where values are not looked at without the debug switch.
     unlooked = mock.patch.object(checks, "debugging", return_value=False)
-    with mock.patch.dict(os.environ, {ops.BACKEND_VARIABLE: "triton"}), unlooked:
+    with mock.patch.dict(os.environ, {dispatch.BACKEND_VARIABLE: "triton"}), unlooked:
         if inputs.outputs.device.type == "cuda":
             step(inputs, lambda name: None)  # compiles, and torch sets itself up
         with counting.launches(), counting:
@@ -182,7 +182,7 @@ def held(inputs: Inputs) -> float:
     def run() -> None:
         step(inputs, lambda name: None)
 
-    with mock.patch.dict(os.environ, {ops.BACKEND_VARIABLE: "triton"}):
+    with mock.patch.dict(os.environ, {dispatch.BACKEND_VARIABLE: "triton"}):
         run()  # torch and the kernels set themselves up
         if inputs.outputs.device.type == "cuda":
             return (measure.peak_bytes(run, inputs.outputs.device) or 0) / inputs.outputs.numel()

@@ -55,6 +55,12 @@ def is_label(labels):
 
 
 @triton.jit
+def is_mask_like(labels):
+    """Where labels are in [-0.5, 1.5]; NaN is not."""
+    return (labels >= -0.5) & (labels <= 1.5) if labels.dtype.is_floating() else (labels >= 0) & (labels <= 1)
+
+
+@triton.jit
 def seen_by_pixel(x, p, foreground, y, labels, PIXEL: tl.constexpr):
     """Prediction u and truth w of the pixel term, in the precision of x."""
     if PIXEL == RAW:
@@ -96,8 +102,7 @@ def _activate_kernel(
     tl.store(y_ptr + index, y, mask=in_volume)
 
     parts_ptr += (sample * tl.num_programs(0) + tl.program_id(0)) * (COLUMNS + 1)
-    mask_like = (labels >= -0.5) & (labels <= 1.5) if labels.dtype.is_floating() else (labels >= 0) & (labels <= 1)
-    broken = tl.sum((~((tl.abs(x) < float("inf")) & mask_like)).to(tl.int32), axis=0)
+    broken = tl.sum((~((tl.abs(x) < float("inf")) & is_mask_like(labels))).to(tl.int32), axis=0)
     tl.store(parts_ptr + COLUMNS, tl.where(broken > 0, float("nan"), 0.0))
     if PIXEL != NOT_FUSED:
         u, w = seen_by_pixel(x, p, foreground, y, labels, PIXEL)

@@ -21,6 +21,7 @@ MASS: tl.constexpr = tl.constexpr(quantities.MASS)
 SQUARE: tl.constexpr = tl.constexpr(quantities.SQUARE)
 ABSOLUTE_ERROR: tl.constexpr = tl.constexpr(quantities.ABSOLUTE_ERROR)
 SQUARED_ERROR: tl.constexpr = tl.constexpr(quantities.SQUARED_ERROR)
+CROSS_ENTROPY: tl.constexpr = tl.constexpr(quantities.CROSS_ENTROPY)
 # Four parts a thread of four warps, Triton's default.
 PARTS_BLOCK = 512
 
@@ -61,6 +62,14 @@ def phi_derivative(u, w, QUANTITY: tl.constexpr):
     else:
         derivative = (u - w) / _at_least(u * (1 - u), 1e-12)
     return derivative
+
+
+@triton.jit
+def log_of_sum(u):
+    """log(1 + u) to all digits of a small u, by what rounding has left of it."""
+    whole = 1 + u
+    left = whole - 1
+    return tl.where(left == 0, u, tl.log(whole) * (u / tl.where(left == 0, 1.0, left).to(u.dtype)))
 
 
 @triton.jit

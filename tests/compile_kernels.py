@@ -37,9 +37,12 @@ except ImportError:
     AttrsDescriptor = None
 
 from triton_instance_loss.ops import (  # noqa: E402
+    BLOB,
     BY_INSTANCE,
     BY_MEAN,
     BY_SUM,
+    CELLS,
+    FALSE,
     GIVEN,
     HARD,
     NO_GRADIENT,
@@ -51,6 +54,7 @@ from triton_instance_loss.ops import (  # noqa: E402
     PROBABILITY,
     RAW,
     SIGMOID,
+    TVERSKY,
 )
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -91,6 +95,16 @@ ACTIVATIONS = [
     (torch.float64, torch.float64, SIGMOID, 0.3, HARD, 3),
     (torch.float64, torch.float64, NONE, 2.0, PROBABILITY, 2),
 ]
+# Losses on regions: types of x and labels, activation, kind, its numbers. Every kind, each type with the dearest one.
+REGIONS = [
+    (torch.float32, torch.float32, SIGMOID, BLOB, [1.0, 1.0, 1e-5, 0.0]),
+    (torch.float32, torch.uint8, SIGMOID, CELLS, [1.0, 1.0, 0.0]),
+    (torch.float32, torch.int64, NONE, CELLS, [1.0, 1.0, 0.0]),
+    (torch.float32, torch.bool, SIGMOID, TVERSKY, [0.3, 0.7, 1.0, 5.0, 0.1, 1e-5]),
+    (torch.float32, torch.int32, NONE, FALSE, []),
+    (torch.float64, torch.float64, SIGMOID, CELLS, [1.0, 1.0, 0.0]),
+    (torch.float64, torch.float32, NONE, CELLS, [1.0, 1.0, 0.0]),
+]
 
 
 def rooms():
@@ -124,6 +138,8 @@ def call_launchers(sides, capacity, rest):
         room["centers"].launch_center_overlaps(*boxes)
         room["centers"].launch_center_volumes(*boxes)
         room["proximity"].launch_proximity_minima(geometry, counts, list(shape[1:]), depth == 1)
+        for spacing in ([1.0, 1.0, 1.0], [3.0, 1.0, 0.5]):
+            room["cells"].launch_cells(mask.int(), spacing)
     sites = [torch.zeros(size, dtype=torch.int32) for size in ((4, *shape[1:]), (2, rest))]
     for dtype, quantity, no_tp in SUMS:
         x = torch.zeros(shape, dtype=torch.float32 if dtype == torch.bool else dtype)
@@ -158,6 +174,20 @@ def call_launchers(sides, capacity, rest):
         for quantity, no_tp, mistakes in ((4, True, OF_LOGARITHM), (3, False, OF_MEAN), (0, True, NO_GRADIENT)):
             case = (*volumes, sites, pairs, touched, counts, activation, quantity, no_tp, *pixel, mistakes)
             room["tables"].launch_sum_instances_backward(of_terms, slopes[0], *grads, *case)
+    call_region_launchers(shape, capacity)
+    wide = torch.zeros((1, 1, 3, 2**16), dtype=torch.int32)  # whose squares need 64 bits
+    room["cells"].launch_cells(wide, [1.0, 1.0, 1.0])
+
+
+def call_region_launchers(shape, capacity):
+    """The same of losses on regions."""
+    room = rooms()["regions"]
+    rows, counts = torch.zeros(shape, dtype=torch.int32), torch.zeros(shape[:1], dtype=torch.int32)
+    for dtype, label_dtype, activation, kind, numbers in REGIONS:
+        volumes = torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=label_dtype), rows
+        chosen = torch.zeros((shape[0], capacity), dtype=torch.bool) if kind == FALSE else None
+        value, *kept = room.launch_region_loss(*volumes, counts, chosen, activation, kind, numbers, 2, capacity)
+        room.launch_region_loss_backward(value, *volumes, *kept, activation, kind)
 
 
 def is_aligned(value):

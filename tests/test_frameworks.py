@@ -7,7 +7,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from triton_instance_loss import InstanceLoss, WeightedSum, checks, connected_components, ops
+from triton_instance_loss import InstanceLoss, WeightedSum, checks, connected_components, dispatch, ops
 from triton_instance_loss.criteria import DICE, fused_form
 from triton_instance_loss.metrics import average_precision, instance_metrics
 from triton_instance_loss.ratios import describe
@@ -34,7 +34,7 @@ class NoSynchronisation(TorchDispatchMode):
         name = func.overloadpacket.__name__
         if func.namespace == "triton_instance_loss":
             with self:  # what the launchers do counts too
-                return ops._answer(name, *args)
+                return dispatch.answer(name, *args)
         if name in SYNCHRONISING:
             raise AssertionError(f"{name} reads data")
         indices = args[1] if name in ("index", "index_put", "index_put_") else ()
@@ -162,6 +162,9 @@ def operator_arguments(device, backend):
     evaluate = (x, sites, counts, geometry, pixel_sums, health, None, None, *how, 128, False, 3.0, True)
     evaluate += (criteria, weights, 1, ops.BY_MEAN, True)
     terms, total, kept = ops.evaluate(*evaluate)
+    regions = (x, labels, maps[3], counts[ops.LABELS])
+    region_loss = (*regions, None, ops.SIGMOID, ops.BLOB, [1.0, 1.0, 1e-5, 0.0], 1, rows[0])
+    value, *slopes = ops.region_loss(*region_loss)
     backward = (x, labels, sites, counts, kept, terms, total, weights, *how, ops.PROBABILITY, 0, True, True)
     return {
         "find": find,
@@ -173,6 +176,9 @@ def operator_arguments(device, backend):
         "evaluate": evaluate,
         "evaluate_backward": (*backward, ops.OF_LOGARITHM, False),
         "center_volumes": (geometry, counts, [5, 6, 7], [1, 2, 3]),
+        "cells": (maps[3], [1.0, 1.0, 2.0]),
+        "region_loss": region_loss,
+        "region_loss_backward": (value, *regions[:3], *slopes, ops.SIGMOID, ops.BLOB),
     }
 
 
@@ -188,7 +194,7 @@ def test_opcheck(backend, name):
     operator = getattr(torch.ops.triton_instance_loss, name).default
     torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
     # Kernels leave rows that are not used as they are, and a whole opcheck compares all that is returned.
-    with_tables = ops._ROOMS[name] in ("centers", "evaluate") or "find" in name or "number" in name
+    with_tables = dispatch.ROOMS[name] in ("centers", "evaluate", "regions") or "find" in name or "number" in name
     with_tables = with_tables or name == "sum_instances"
     if backend.type == "cpu" and (used == "cpu" or not with_tables):
         torch.library.opcheck(operator, arguments)

@@ -394,9 +394,9 @@ WRONG = [
     ({"sizes": (10, 10)}, ValueError, "sizes must be a sequence of ascending numbers, one at least, got (10, 10)"),
     ({"sizes": (0, 10)}, ValueError, "sizes[0] must be a finite number above 0, got 0"),
     ({"sizes": (1, math.inf)}, ValueError, "sizes[1] must be a finite number above 0, got inf"),
-    ({"spacing": (1, 1, 1)}, ValueError, "spacing must be 2 numbers above 0, one for each axis, got (1, 1, 1)"),
-    ({"spacing": 1.0}, ValueError, "spacing must be 2 numbers above 0, one for each axis, got 1.0"),
-    ({"spacing": (1, 0)}, ValueError, "spacing must be a finite number above 0, got 0"),
+    ({"spacing": (1, 1, 1)}, ValueError, "spacing must be a positive number for each of 2 axes"),
+    ({"spacing": 1.0}, TypeError, "spacing must be a positive number for each of 2 axes"),
+    ({"spacing": (1, 0)}, ValueError, "spacing[1] must be a finite number above 0, got 0"),
     ({"min_instance_size": 0.5}, TypeError, "min_instance_size must be an integer of at least 0, got 0.5"),
     (
         {"min_instance_size": -0.5, "spacing": (1, 1)},

@@ -10,18 +10,22 @@ from pathlib import Path
 import pytest
 
 import triton_instance_loss
-from triton_instance_loss import functional, ops
+from triton_instance_loss import dispatch, functional, ops
 
 PACKAGE = Path(triton_instance_loss.__file__).parent
 ROOT = Path(__file__).parents[1]
 # Imports point down this list.
 ORDER = [
     "nnunet",
+    "combined",
+    "ici_losses",
     "losses",
+    "component_losses",
     "functional",
     "torchmetrics",
     "plot",
     "table",
+    "regions",
     "metrics",
     "matching",
     "slow",
@@ -32,6 +36,7 @@ ORDER = [
     "activation",
     "cpu",
     "ops",
+    "dispatch",
     "options",
     "quantities",
     "checks",
@@ -157,17 +162,24 @@ def test_kernels_folder_is_no_package():
 
 @pytest.mark.parametrize("name", list(ops._SCHEMAS))
 def test_each_operator_has_both_backends_in_one_room(name):
-    room = ops._ROOMS[name]
+    room = dispatch.ROOMS[name]
     assert f"def {name}(" in (PACKAGE / "cpu" / f"{room}.py").read_text()
     assert f"def launch_{name}(" in kernel_files()[room].read_text()
 
 
 def test_public_names():
     assert set(triton_instance_loss.__all__) == {
+        "BlobLoss",
+        "CCLoss",
+        "CombinedLoss",
+        "ComponentTverskyLoss",
+        "FalseComponentLoss",
+        "ICILoss",
         "InstanceLoss",
         "InstanceCenterLoss",
         "WeightedSum",
         "connected_components",
+        "dICILoss",
     }
     assert (PACKAGE / "py.typed").exists()
 

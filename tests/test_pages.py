@@ -7,8 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from monai.losses import DiceCELoss
 
-from triton_instance_loss import InstanceLoss
+import triton_instance_loss
+from triton_instance_loss import (
+    BlobLoss,
+    CCLoss,
+    ComponentTverskyLoss,
+    FalseComponentLoss,
+    InstanceLoss,
+    WeightedSum,
+)
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "differences.md").read_text()
@@ -155,6 +164,44 @@ def test_each_row_of_the_differences():
     assert rows == shown == [str(number + 1) for number in range(len(rows))]
     tried = run_blocks("differences.md")
     assert tried > len(rows)
+
+
+def boxes(*places):
+    """(1, 1, 48, 48) with boxes of 1, each given by its corner and sides."""
+    volume = torch.zeros(1, 1, 48, 48)
+    for row, column, height, width in places:
+        volume[..., row : row + height, column : column + width] = 1
+    return volume
+
+
+def test_the_losses_and_their_gradients():
+    """Lines of the page run, and its table of gradients is what they are."""
+    page = (ROOT / "docs" / "losses.md").read_text()
+    assert run_blocks("losses.md") > 10
+    for name in triton_instance_loss.__all__:
+        assert name in ("connected_components", "WeightedSum", "CombinedLoss") or re.search(
+            rf"^\| .*`{name}`", page, re.M
+        )
+    large, small, missed, false = (4, 4, 12, 12), (8, 24, 3, 3), (4, 36, 4, 4), (36, 4, 4, 4)
+    left, right, bridge = (28, 22, 6, 6), (28, 34, 6, 6), (30, 28, 2, 6)
+    labels = boxes(large, small, missed, left, right)
+    losses = {
+        "DiceCE": DiceCELoss(sigmoid=True),
+        "BlobLoss": BlobLoss(spatial_dims=2),
+        "CCLoss": CCLoss(spatial_dims=2),
+        "BiCC": CCLoss(alpha=0.5, spatial_dims=2),
+        "ComponentTverskyLoss": ComponentTverskyLoss(spatial_dims=2),
+        "FalseComponentLoss": FalseComponentLoss(spatial_dims=2),
+        "InstanceLoss": WeightedSum(InstanceLoss(spatial_dims=2, rate_instead_number=True)),
+    }
+    rows = dict(re.findall(r"^\| (\w+) \| (-?[\d.]+ \| .*) \|$", page, re.M))
+    assert set(rows) == set(losses)
+    for name, loss in losses.items():
+        logits = (6 * boxes(large, small, false, left, right, bridge) - 3).requires_grad_()
+        (gradient,) = torch.autograd.grad(1e3 * loss(logits, labels), logits)
+        sums = [(gradient * boxes(place)).sum().item() for place in (missed, false, bridge, small, large)]
+        ratio = f"{sums[3] / 9 / (sums[4] / 144):.1f}" if sums[4] else "-"
+        assert rows[name] == " | ".join([f"{each:.1f}" for each in sums[:3]] + [ratio]), name
 
 
 def run_blocks(name):

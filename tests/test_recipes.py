@@ -136,6 +136,29 @@ def test_absent_classes_do_not_disturb_the_others():
     assert 0 < grads[1].norm() < 1
 
 
+def test_several_losses_at_once(recipe):
+    variables, printed = recipe("Several losses at once")
+    loss = variables["loss"]
+    assert [line.split()[0] for line in printed] == list(loss.losses)
+    weighted = sum(loss.weights[name] * part for name, part in loss.parts.items())
+    again = loss(variables["outputs"], variables["labels"])
+    torch.testing.assert_close(again.detach(), weighted)
+    assert variables["outputs"].grad.any()
+
+
+def test_fine_tuning(recipe):
+    variables, printed = recipe("Fine-tuning")
+    assert printed[0] == printed[0].split(", 'cells'")[0]  # which has no weight at first, and is not computed
+    assert "'cells'" in printed[1]
+    assert variables["loss"].weights == {"whole": 1.0, "cells": 0.2}
+
+
+def test_anisotropic_images(recipe):
+    _, printed = recipe("Anisotropic images")
+    values = [float(line.split()[-1]) for line in printed]
+    assert values[0] > 1.05 * values[1]  # what is false costs a small object more
+
+
 def test_deep_supervision(recipe):
     variables, _ = recipe("Deep supervision")
     outputs, labels, loss = variables["outputs"], variables["labels"], variables["instances"]

@@ -7,8 +7,23 @@ if not (Path(__file__).parent / "kernels").is_dir():
     __path__.append(str(Path(__file__).parent.parent))
 
 from . import metrics as metrics
+from .combined import CombinedLoss
+from .component_losses import BlobLoss, CCLoss, ComponentTverskyLoss, FalseComponentLoss
 from .components import connected_components
+from .ici_losses import ICILoss, dICILoss
 from .losses import InstanceCenterLoss, InstanceLoss, WeightedSum
 
-__all__ = ["InstanceCenterLoss", "InstanceLoss", "WeightedSum", "connected_components"]
+__all__ = [
+    "BlobLoss",
+    "CCLoss",
+    "CombinedLoss",
+    "ComponentTverskyLoss",
+    "FalseComponentLoss",
+    "ICILoss",
+    "InstanceCenterLoss",
+    "InstanceLoss",
+    "WeightedSum",
+    "connected_components",
+    "dICILoss",
+]
 __version__ = "0.1.0"

@@ -1,5 +1,6 @@
 """Every check of arguments, with one wording: the argument, its value, and what is allowed."""
 
+import difflib
 import math
 import numbers
 import os
@@ -98,12 +99,27 @@ def ascending(
     return value
 
 
-def spacing(name: str, value: Any, spatial_dims: int) -> tuple[float, ...]:
-    """`value` must be the size of a voxel along each axis; gives it as a tuple."""
+def spacing(name: str, value: Any, axes: int) -> tuple[float, ...]:
+    """`value` must be a positive number for each of some axes; gives them as plain numbers."""
     value = plain(value)
-    if not isinstance(value, tuple) or len(value) != spatial_dims:
-        raise ValueError(f"{name} must be {spatial_dims} numbers above 0, one for each axis, got {value!r}.")
-    return tuple([number(name, each, 0, above_minimum=True) for each in value])
+    allowed = f"a positive number for each of {axes} axes (spatial_dims={axes})"
+    if not isinstance(value, tuple):
+        raise TypeError(f"{name} must be {allowed}, or None, got {value!r}.")
+    if len(value) != axes:
+        raise ValueError(f"{name} must be {allowed}, got {len(value)}: {value!r}.")
+    return tuple(float(number(f"{name}[{axis}]", step, 0, above_minimum=True)) for axis, step in enumerate(value))
+
+
+def not_nearly(loss: Any, name: str, allowed: Collection[str]) -> None:
+    """A module may be given any attribute, but not one of ours one that is nearly an option, which would do nothing."""
+    ours = type(loss).__module__.startswith(f"{__package__}.")  # a subclass may have some of its own
+    if ours and not name.startswith("_") and not hasattr(loss, name):
+        meant = difflib.get_close_matches(name, allowed, n=1, cutoff=0.8)
+        if meant:
+            raise AttributeError(
+                f"{type(loss).__name__} has no option {name!r}; did you mean {meant[0]!r}? Allowed: "
+                f"{', '.join(allowed)}."
+            )
 
 
 def channels(name: str, value: Any, count: int) -> None:

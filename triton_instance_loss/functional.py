@@ -7,17 +7,7 @@ import torch
 from torch import Tensor
 
 from . import checks, ops, quantities, slow
-from .activation import (
-    Given,
-    activated,
-    background,
-    carrier_of,
-    check_and_widen,
-    health_of,
-    probabilities,
-    to_activate,
-    to_compare,
-)
+from .activation import Given, activated, background, health_of, probabilities
 from .criteria import (
     DICE,
     DICE_FORM,
@@ -27,9 +17,10 @@ from .criteria import (
     refuse_cross_entropy,
     warn_if_slow,
 )
-from .instances import Found, find, instances_of_all
+from .instances import Found, instances_of_all
 from .options import Options
-from .terms import TERMS, apply, request
+from .regions import Scene
+from .terms import TERMS, FusedTerms, apply, request
 
 Criterion = Callable[..., Any]
 
@@ -45,10 +36,14 @@ def evaluate_terms(
     pixel: Criterion | None = None,
     instance: Criterion | None = None,
     center: Criterion | None = None,
+    scene: Scene | None = None,
 ) -> dict[str, Tensor]:
-    """The terms `names`, each a 0-d tensor; a criterion left out is our Dice. Nothing else is computed."""
-    inputs = outputs, labels, cc_label_batch, ignore_mask
-    slow_terms, fused, terms, _ = _evaluate(inputs, options, names, (pixel, instance, center), ())
+    """The terms `names`, each a 0-d tensor; a criterion left out is our Dice. Nothing else is computed.
+
+    `scene` is what was made of the tensors, if other losses look at them too.
+    """
+    scene = scene or Scene(outputs, labels, cc_label_batch, ignore_mask, options)
+    slow_terms, fused, terms, _ = _evaluate(scene, options, names, (pixel, instance, center), ())
     if terms is not None:
         of_all = dict(zip(TERMS, terms.unbind(), strict=True))
         slow_terms.update((name, of_all[name]) for name in fused)
@@ -66,6 +61,7 @@ def evaluate_sum(
     pixel: Criterion | None = None,
     instance: Criterion | None = None,
     center: Criterion | None = None,
+    scene: Scene | None = None,
 ) -> tuple[Tensor | None, dict[str, Tensor]]:
     """The sum of weight * term over the terms named in `weights`, and these terms, detached; None if there are none.
 
@@ -73,11 +69,12 @@ def evaluate_sum(
     """
     inputs, criteria = (outputs, labels, cc_label_batch, ignore_mask), (pixel, instance, center)
     if torch.compiler.is_compiling():  # it makes one kernel of the sum, and need not know the weights
-        of_terms = evaluate_terms(*inputs, options, weights, pixel=pixel, instance=instance, center=center)
+        of_terms = evaluate_terms(*inputs, options, weights, pixel=pixel, instance=instance, center=center, scene=scene)
         weighted = [weights[name] * term for name, term in of_terms.items()]
         return torch.stack(weighted).sum() if weighted else None, {n: t.detach() for n, t in of_terms.items()}
     of_all = tuple(weights.get(name, 0.0) for name in TERMS)
-    slow_terms, fused, terms, total = _evaluate(inputs, options, weights, criteria, of_all)
+    scene = scene or Scene(*inputs, options)
+    slow_terms, fused, terms, total = _evaluate(scene, options, weights, criteria, of_all)
     for name, term in slow_terms.items():
         total = weights[name] * term if total is None else total + weights[name] * term
     of_all_terms = {name: term.detach() for name, term in slow_terms.items()}
@@ -96,31 +93,26 @@ class _Evaluated(NamedTuple):
 
 
 def _evaluate(
-    inputs: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
+    scene: Scene,
     options: Options,
     names: Collection[str],
     criteria: tuple[Criterion | None, Criterion | None, Criterion | None],
     weights: tuple[float, ...],
 ) -> _Evaluated:
     """Evaluate the terms `names` of a call, and the sum of the fused ones with `weights`, one for each of TERMS."""
-    outputs, pixel = inputs[0], criteria[0]
-    given = check_and_widen(*inputs, options)
-    if (suspicion := checks.logits(outputs, options.activation, given.ignored)) is not None:
-        checks.warn_once(options, "logits", suspicion)
-    _, instance, center = (criterion or DICE for criterion in criteria)
+    pixel, instance, center = criteria[0], *(criterion or DICE for criterion in criteria[1:])
     pixel_form, instance_form, center_form = (DICE_FORM if each is None else fused_form(each) for each in criteria)
+    given, x, truth, carrier = scene.given, scene.x, scene.truth, scene.carrier
     seen = _what_pixel_sees(pixel, pixel_form, given, names, options)
     slow_terms: dict[str, Tensor] = {}
     with torch.autocast(given.outputs.device.type, enabled=False):
-        x, truth = to_activate(given, options), to_compare(given, options)
-        carrier = carrier_of(x, given, options)
         looked_at = given.outputs if options.activation == "softmax" else x
         if "pixel" in names and seen == ops.NOT_FUSED:
             slow_terms["pixel"] = _pixel(x, carrier, truth, given, pixel, options) * health_of(looked_at, truth)
         if not set(names) - {"pixel"}:
             return _Evaluated(slow_terms, (), None, None)
         seen_and_summed = seen, pixel_form.code if pixel_form else quantities.MASS
-        found = find(x.detach(), truth, given.ids, seen_and_summed, options)
+        found = scene.find(seen_and_summed, options)
         _say_what_is_capped(found, options)
         if center_form is None and "center" in names:
             volumes = slow.volumes(x, carrier, found, options)
@@ -139,7 +131,7 @@ def _evaluate(
         if looked_at is not x:  # after a softmax, infinity no longer shows
             health = health * health_of(looked_at, truth)
         terms, total, *_ = apply(
-            carrier, values, None if x is carrier else x.detach(), truth, health,
+            FusedTerms, carrier, values, None if x is carrier else x.detach(), truth, health,
             instances_of_all(found.counts, options), wanted, weights, found.counts, found.geometry, found.pixel_sums,
             *found.sites, found.pairs,
         )  # fmt: skip

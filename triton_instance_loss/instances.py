@@ -29,10 +29,17 @@ class Found(NamedTuple):
     pairs: int  # how many slots the pairs (kept output, label) that touch need
 
 
-def find(x: Tensor, labels: Tensor, cc_label_batch: Tensor | None, pixel: tuple[int, int], options: Options) -> Found:
+def find(
+    x: Tensor,
+    labels: Tensor,
+    cc_label_batch: Tensor | None,
+    pixel: tuple[int, int],
+    options: Options,
+    every: bool = False,
+) -> Found:
     """Label both volumes, number and measure their instances, and decide which outputs are kept.
 
-    `pixel` says what the pixel term sees, and the code of its quantity.
+    `pixel` says what the pixel term sees, and the code of its quantity; `every`: each output is to have a row.
     """
     bound = capacity_bound(x.shape, options.num_iterations)
     ids = None
@@ -44,7 +51,7 @@ def find(x: Tensor, labels: Tensor, cc_label_batch: Tensor | None, pixel: tuple[
     search = (options.num_iterations or 0, options.min_instance_size)
     keep = (options.max_cc_out, float(options.mul_too_many))
     rows = rows_of_tables(x, bound)
-    some_suffice = ids is None and options.num_iterations is None and options.max_cc_out > 0
+    some_suffice = not every and ids is None and options.num_iterations is None and options.max_cc_out > 0
     if some_suffice and ops.backend(x) == "triton":
         rows = min(rows, max(bound // BLOCKS_A_ROW[options.spatial_dims], FEW_ROWS, options.max_cc_out))
     sites, pixel_sums, health, counts, geometry = ops.find(
@@ -53,6 +60,24 @@ def find(x: Tensor, labels: Tensor, cc_label_batch: Tensor | None, pixel: tuple[
     where, which = sites
     # A voxel makes at most one pair, and whole components at most one a 2x2x2 block; a hash set is to stay half empty.
     return Found((where, which), counts, geometry, pixel_sums, health, 2 * bound)
+
+
+def sorted_pairs(x: Tensor, found: Found) -> tuple[Tensor, int]:
+    """(B, n) int64: one key for each voxel of both sides, ascending: row of the output * base + row of the label.
+
+    Keys of other voxels, which come first, are 0. Where shapes must not depend on data, there is one for each voxel.
+    """
+    batch, base = x.shape[0], found.geometry.shape[1] + 1
+    if rows_of_tables(x, 1) == 0:  # shapes may depend on data, and sites are lists of voxels
+        (voxels,), sides = found.sites
+        both = (sides > 0).all(dim=0)
+        sample, (out_rows, lab_rows) = voxels[both] // x[0].numel(), sides[:, both].long()
+        keys = torch.where(sample == torch.arange(batch)[:, None], out_rows * base + lab_rows, 0)
+        keys = torch.nn.functional.pad(keys, (1, 0))
+    else:
+        _, _, out_rows, lab_rows = (volume.flatten(1) for volume in ops.row_maps(x, list(found.sites)))
+        keys = torch.where((out_rows > 0) & (lab_rows > 0), out_rows.long() * base + lab_rows, 0)
+    return keys.sort(dim=1).values, base
 
 
 def instances_of_all(counts: Tensor, options: Options) -> Tensor | None:

@@ -1,7 +1,6 @@
 """The losses: `InstanceLoss`, `InstanceCenterLoss`, and `WeightedSum` that makes one number of their terms."""
 
 import dataclasses
-import difflib
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, NoReturn
@@ -13,6 +12,7 @@ from . import checks, criteria
 from .activation import unwrap, widen
 from .functional import Criterion, evaluate_sum, evaluate_terms
 from .options import NAMES, Options
+from .regions import Scene
 
 
 class InstanceTerms(NamedTuple):
@@ -41,10 +41,10 @@ class InstanceCenterTerms(NamedTuple):
 CRITERIA = ("loss_function_pixel", "loss_function_instance", "loss_function_center")
 
 
-class _Family(_Loss):
+class Family(_Loss):
     """What `InstanceLoss` and `InstanceCenterLoss` share: the three criteria, the options, and changing them."""
 
-    terms: ClassVar[type[InstanceTerms] | type[InstanceCenterTerms]]
+    terms: ClassVar[Any]  # a named tuple
 
     def __init__(
         self,
@@ -118,9 +118,11 @@ class _Family(_Loss):
         cc_label_batch: Tensor | None,
         ignore_mask: Tensor | None,
         names: Collection[str],
+        scene: Scene | None = None,
     ) -> dict[str, Tensor]:
-        """Only the terms `names`, by name, in the order of the terms."""
-        return evaluate_terms(outputs, labels, cc_label_batch, ignore_mask, self.options, names, **self._criteria())
+        """Only the terms `names`, by name, in the order of the terms; `scene` as in `evaluate_sum`."""
+        inputs = outputs, labels, cc_label_batch, ignore_mask
+        return evaluate_terms(*inputs, self.options, names, **self._criteria(), scene=scene)
 
     def evaluate_sum(
         self,
@@ -129,9 +131,14 @@ class _Family(_Loss):
         cc_label_batch: Tensor | None,
         ignore_mask: Tensor | None,
         weights: Mapping[str, float],
+        scene: Scene | None = None,
     ) -> tuple[Tensor | None, dict[str, Tensor]]:
-        """The weighted sum of the terms named in `weights`, None if there are none, and these terms, detached."""
-        return evaluate_sum(outputs, labels, cc_label_batch, ignore_mask, self.options, weights, **self._criteria())
+        """The weighted sum of the terms named in `weights`, None if there are none, and these terms, detached.
+
+        `scene` is what was made of the tensors, if other losses look at them too.
+        """
+        inputs = outputs, labels, cc_label_batch, ignore_mask
+        return evaluate_sum(*inputs, self.options, weights, **self._criteria(), scene=scene)
 
     def _criteria(self) -> dict[str, Criterion | None]:
         return {
@@ -195,22 +202,14 @@ class _Family(_Loss):
         elif name in CRITERIA:
             self._set_criteria(**{name: value})
         else:
-            # Modules may be given any attribute, but not one that is nearly an option, which would do nothing.
-            ours = type(self) in (InstanceLoss, InstanceCenterLoss)  # a subclass may have some of its own
-            if ours and not name.startswith("_") and not hasattr(self, name):
-                meant = difflib.get_close_matches(name, (*CRITERIA, *NAMES), n=1, cutoff=0.8)
-                if meant:
-                    allowed = ", ".join((*CRITERIA, *NAMES))
-                    raise AttributeError(
-                        f"{type(self).__name__} has no option {name!r}; did you mean {meant[0]!r}? Allowed: {allowed}."
-                    )
+            checks.not_nearly(self, name, (*CRITERIA, *NAMES))
             super().__setattr__(name, value)
 
     def __prepare_scriptable__(self) -> NoReturn:
         checks.refuse_script()
 
 
-class InstanceLoss(_Family):
+class InstanceLoss(Family):
     """The instance-level loss family: seven terms of one labelling of outputs and labels.
 
     pixel, instance_label, instance_output, center, false_instances, missed_instances, proximity; the functions of
@@ -311,7 +310,7 @@ class InstanceLoss(_Family):
     terms = InstanceTerms
 
 
-class InstanceCenterLoss(_Family):
+class InstanceCenterLoss(Family):
     """The instance-level loss family without proximity: six terms of one labelling of outputs and labels.
 
     pixel, instance_label, instance_output, center, false_instances, missed_instances. How it is called, its arguments,
@@ -342,6 +341,9 @@ DEFAULT_WEIGHTS = {
     "missed_instances": 0.25,
     "proximity": 0.0,
 }
+
+
+_OF_ALL_LOSSES = DEFAULT_WEIGHTS | {"instance": 0.5, "fdr": 0.25}  # those of ICILoss and dICILoss too
 
 
 class Weights(dict[str, float]):
@@ -412,7 +414,8 @@ class WeightedSum(_Loss):
     network has thousands of false instances. A term of weight 0 is not computed.
 
     Args:
-        loss: an `InstanceLoss` or `InstanceCenterLoss`; its options and criteria are changed there, `loss.loss`.
+        loss: an `InstanceLoss`, `InstanceCenterLoss`, `ICILoss` or `dICILoss`; its options and criteria are changed
+            there, `loss.loss`.
         **weights: one finite number a term name; terms left out keep their default.
 
     Attributes:
@@ -440,11 +443,11 @@ class WeightedSum(_Loss):
 
     weights: Weights
 
-    def __init__(self, loss: _Family, **weights: float) -> None:
+    def __init__(self, loss: Family, **weights: float) -> None:
         super().__init__()
         self.loss = loss
         names = loss.terms._fields
-        self.weights = Weights(names, {name: DEFAULT_WEIGHTS[name] for name in names} | weights)
+        self.weights = Weights(names, {name: _OF_ALL_LOSSES[name] for name in names} | weights)
         self.terms: dict[str, Tensor] = {}
         counts = [name for name in ("false_instances", "missed_instances") if self.weights[name] != 0.0]
         if counts and not loss.rate_instead_number:
@@ -463,8 +466,20 @@ class WeightedSum(_Loss):
         ignore_mask: Tensor | None = None,
     ) -> Tensor:
         """The weighted sum of a batch."""
+        return self.evaluate(outputs, labels, cc_label_batch, ignore_mask)
+
+    def evaluate(
+        self,
+        outputs: Tensor,
+        labels: Tensor,
+        cc_label_batch: Tensor | None,
+        ignore_mask: Tensor | None,
+        scene: Scene | None = None,
+    ) -> Tensor:
+        """The same; `scene` is what was made of the tensors, if other losses look at them too."""
         used = {name: weight for name, weight in self.weights.plain.items() if weight != 0.0}
-        total, self.terms = self.loss.evaluate_sum(outputs, labels, cc_label_batch, ignore_mask, used)
+        inputs = outputs, labels, cc_label_batch, ignore_mask
+        total, self.terms = self.loss.evaluate_sum(*inputs, used, scene)
         if total is not None and (total.requires_grad or not outputs.requires_grad):
             return total
         # The sum of no voxels is connected to all of them, and costs no pass.
@@ -477,15 +492,16 @@ class WeightedSum(_Loss):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "loss":
-            if not isinstance(value, _Family):
-                raise TypeError(f"loss must be an InstanceLoss or InstanceCenterLoss, got {type(value).__name__}.")
+            if not isinstance(value, Family):
+                allowed = "an InstanceLoss, InstanceCenterLoss, ICILoss or dICILoss"
+                raise TypeError(f"loss must be {allowed}, got {type(value).__name__}.")
             if "weights" in self.__dict__ and set(self.weights) != set(value.terms._fields):
                 raise ValueError(f"loss must have the terms {', '.join(self.weights)}, got {type(value).__name__}.")
         elif name == "weights":
             value = Weights(self.loss.terms._fields, value)
         elif name in (*NAMES, *CRITERIA):
             raise AttributeError(f"{name} belongs to the loss that is summed: set loss.loss.{name} instead.")
-        elif name in DEFAULT_WEIGHTS:
+        elif name in _OF_ALL_LOSSES:
             raise AttributeError(f"{name} is a term: set its weight, loss.weights[{name!r}], instead.")
         super().__setattr__(name, value)
 

@@ -5,22 +5,17 @@ A *row map* holds at each voxel the number of its instance, 1..n in id order, or
 Tables have a fixed number of rows, `capacity`, so that no shape depends on data and Python never reads a count; what
 stands in a row beyond the count is undefined. A table of both sides, (2 B, capacity, ...), has those of outputs first.
 There may be more outputs than that, `rest` at most; they are only counted, and false or not (instances.py says why).
-CPU tensors go to `cpu/`, CUDA tensors to `kernels/`, which have the same rooms. The environment variable
-`TRITON_INSTANCE_LOSS_BACKEND` (`cpu` or `triton`), read at each call, overrides that. This module imports neither
-Triton nor Numba.
 """
 
 import functools
-import importlib
-import importlib.util
 import math
-import os
-from typing import Any
 
 import torch
 from torch import Tensor
 
-BACKEND_VARIABLE = "TRITON_INSTANCE_LOSS_BACKEND"
+from .dispatch import BACKEND_VARIABLE as BACKEND_VARIABLE
+from .dispatch import answer, operator
+from .dispatch import backend as backend
 
 # Activations: the activated output a of x; the probability p, if there is one, and z, what the gradient flows into.
 NONE = 0  # a = x; foreground where x >= threshold, or x == 1 if the threshold is 0 or less; z = x
@@ -77,6 +72,14 @@ SLOPES_COLUMNS = 5
 # them, and of the criterion of the whole sample by intersection and prediction.
 PIXEL_BY_INTERSECTION, PIXEL_BY_PREDICTION, BY_LABEL, BY_OUTPUT, BY_DISTANCE, BY_MISTAKE = range(6)
 WHOLE_BY_INTERSECTION, WHOLE_BY_PREDICTION, SAMPLE_SLOPES_COLUMNS = 6, 7, 8
+# What a region loss does with the sums over its regions (SPEC section 8), and the numbers that each of them takes.
+BLOB = 0  # dice and ce (0 or 1), smooth, by_logits (0 or 1): region 0 is where nothing is true
+CELLS = 1  # dice and ce (0 or 1), smooth: each voxel is in a cell; a sample without instances is one, region 0
+TVERSKY = 2  # alpha, beta, gamma, epsilon, background_weight, smooth: region 0 as with BLOB
+FALSE = 3  # none: the regions that are chosen
+# Columns of the table of their slopes (float64): derivatives by the sums of p, p * y, p * stopgrad(p), cross entropy.
+BY_MASS, BY_TRUE_MASS, BY_SQUARES, BY_CROSS_ENTROPY, REGION_SLOPES = range(5)
+
 # The sites of the CPU backend: the voxels of either foreground and those with a label, by their index in the batch, in
 # that order, (1, voxels) int64; and of each its rows in both sides (2, voxels) int32, -1 for foreground in no instance.
 # Columns at the end that are not used hold -1.
@@ -128,74 +131,22 @@ _SCHEMAS = {
     # centre boxes of kept outputs and labels -> owner (B, D, H, W) int32 = largest output row whose box covers the
     # voxel, 0 = none; covered (B, D, H, W) bool = inside a label box
     "center_volumes": "(Tensor geometry, Tensor counts, int[3] shape, int[3] offsets) -> (Tensor, Tensor)",
+    # row map, spacing along D, H, W (of an image the first does not matter) -> the row of the nearest voxel that has
+    # one, int32, by exact Euclidean distance, of equally near ones the largest; 0 where a sample has none. Rows below 0
+    # count as 0, and are answered like all others
+    "cells": "(Tensor rows, float[3] spacing) -> Tensor",
+    # x as logits (SIGMOID; with softmax of one class against the rest) or probabilities (NONE), labels as in `find`, a
+    # row map, below 0 in no region, counts (B,), and with FALSE, (B, capacity) bool, the regions that are meant
+    # -> the value, 0-d of the dtype of x, mean over classes, NaN if any x is not finite or any label not in
+    #    [-0.5, 1.5] where the row is not below 0; slopes (B, capacity + 1, 4) of a sample's own value by sums of its
+    #    regions, row 0 for what is in no instance; factors (B,) float64: derivatives of the value by those of samples
+    "region_loss": "(Tensor x, Tensor labels, Tensor rows, Tensor counts, Tensor? chosen, int activation, int kind,"
+    " float[] numbers, int classes, int capacity) -> (Tensor, Tensor, Tensor)",
+    # gradient of the value, 0-d -> of x; 0 where a voxel is in no region. p' and ce' are derivatives in x, and y that
+    # of the label: grad * factors * ((BY_MASS + BY_TRUE_MASS * y + BY_SQUARES * p) p' + BY_CROSS_ENTROPY * ce')
+    "region_loss_backward": "(Tensor grad, Tensor x, Tensor labels, Tensor rows, Tensor slopes, Tensor factors,"
+    " int activation, int kind) -> Tensor",
 }
-
-
-# Looked up here: torch.compile traces `backend`, and up to torch 2.12 it cannot trace a search for packages.
-_TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None
-
-
-def backend(tensor: Tensor) -> str:
-    """Name of the backend that answers for `tensor`: "cpu" or "triton".
-
-    Raises:
-        ValueError: the environment variable holds anything else, or asks for the CPU backend on a CUDA tensor.
-        RuntimeError: Triton is asked for and is missing, or has to run on CPU tensors without its interpreter.
-    """
-    wanted = os.environ.get(BACKEND_VARIABLE, "")
-    if wanted not in ("", "cpu", "triton"):
-        raise ValueError(f"{BACKEND_VARIABLE} must be 'cpu' or 'triton' (or unset), got {wanted!r}.")
-    device = tensor.device.type
-    if device not in ("cpu", "cuda"):
-        raise ValueError(f"device must be 'cpu' or 'cuda', got {device!r}.")
-    chosen = wanted or ("triton" if device == "cuda" else "cpu")
-    if chosen == "cpu" and device == "cuda":
-        raise ValueError(f"{BACKEND_VARIABLE}='cpu' works on CPU tensors only, got a tensor on {tensor.device}.")
-    if chosen == "triton":
-        if not _TRITON_IS_INSTALLED:
-            raise RuntimeError(
-                f"Tensors on {tensor.device} need the package 'triton', which is not installed: `pip install triton` "
-                "(Linux), or move the tensors to the CPU."
-            )
-        if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-            raise RuntimeError(
-                f"{BACKEND_VARIABLE}='triton' on CPU tensors runs Triton's interpreter: set TRITON_INTERPRET=1 before "
-                "the process first imports triton."
-            )
-    return chosen
-
-
-# Which room of `cpu/` holds an operator, and of `kernels/` its launcher.
-_ROOMS = {
-    "find": "instances",
-    "row_maps": "instances",
-    "components": "components",
-    "find_instances": "components",
-    "number_instances": "components",
-    "sum_instances": "tables",
-    "evaluate": "evaluate",
-    "evaluate_backward": "evaluate",
-    "center_volumes": "centers",
-}
-
-
-@functools.cache
-def _implementation(chosen: str, name: str) -> Any:
-    """What answers for an operator in a backend; rooms are imported when they are first needed."""
-    if chosen == "cpu":
-        return getattr(importlib.import_module(f".cpu.{_ROOMS[name]}", __package__), name)
-    launcher = getattr(importlib.import_module(f".kernels.{_ROOMS[name]}", __package__), f"launch_{name}")
-    return functools.partial(importlib.import_module(".kernels.launches", __package__).planned, launcher)
-
-
-def _answer(name: str, first: Tensor, *args: Any) -> Any:
-    """What an operator gives."""
-    answer = _implementation(backend(first), name)
-    device = first.device
-    if device.type == "cpu" or device.index == torch.cuda.current_device():
-        return answer(first, *args)
-    with torch.cuda.device(device):
-        return answer(first, *args)
 
 
 def _fake_find(
@@ -328,6 +279,39 @@ def _fake_center_volumes(
     return geometry.new_empty(volume, dtype=torch.int32), geometry.new_empty(volume, dtype=torch.bool)
 
 
+def _fake_cells(rows: Tensor, spacing: list[float]) -> Tensor:
+    return rows.new_empty(rows.shape)
+
+
+def _fake_region_loss(
+    x: Tensor,
+    labels: Tensor,
+    rows: Tensor,
+    counts: Tensor,
+    chosen: Tensor | None,
+    activation: int,
+    kind: int,
+    numbers: list[float],
+    classes: int,
+    capacity: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    slopes = x.new_empty((x.shape[0], capacity + 1, REGION_SLOPES), dtype=torch.float64)
+    return x.new_empty(()), slopes, slopes.new_empty((x.shape[0],))
+
+
+def _fake_region_loss_backward(
+    grad: Tensor,
+    x: Tensor,
+    labels: Tensor,
+    rows: Tensor,
+    slopes: Tensor,
+    factors: Tensor,
+    activation: int,
+    kind: int,
+) -> Tensor:
+    return x.new_empty(x.shape)
+
+
 def reach_of_boxes(shape: list[int], planar: bool, offset: float) -> list[int]:
     """How far a centre box reaches along each axis of a volume, if it is `offset` along the longest."""
     # An image is a volume of one plane, which any reach of at least one covers.
@@ -351,48 +335,21 @@ def gradient_of_values(grad_terms: Tensor, slopes: Tensor, sample_slopes: Tensor
     return torch.where(first_rows(counts[KEPT:].flatten().clamp(min=1), slopes.shape[1]), gradient, 0.0)
 
 
-def _operator(name: str) -> Any:
-    """An operator, called by itself where nothing between it and its backend wants to know: PyTorch takes 15 us."""
-    registered = getattr(torch.ops.triton_instance_loss, name).default
-
-    def call(*args: Any) -> Any:
-        if torch.compiler.is_compiling() or _is_overheard() or not all(map(_is_plain, args)):
-            return registered(*args)
-        return _answer(name, *args)
-
-    return call
-
-
-def _is_overheard() -> bool:
-    """Whether a mode, a transform or a profiler takes part in what PyTorch calls."""
-    return bool(
-        torch._C._len_torch_dispatch_stack()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._autograd._profiler_enabled()
-    )
-
-
-def _is_plain(arg: Any) -> bool:
-    """Whether an argument is a tensor with nothing around it, or none at all."""
-    if type(arg) is list:
-        return all(map(_is_plain, arg))
-    if not isinstance(arg, Tensor):
-        return True
-    return type(arg) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(arg)
-
-
 for _name, _schema in _SCHEMAS.items():
     _library.define(_name + _schema)
     for _key in ("CPU", "CUDA"):
-        _library.impl(_name, functools.partial(_answer, _name), _key)
+        _library.impl(_name, functools.partial(answer, _name), _key)
     torch.library.register_fake(f"triton_instance_loss::{_name}", globals()[f"_fake_{_name}"], lib=_library)
 
-find = _operator("find")
-row_maps = _operator("row_maps")
-components = _operator("components")
-find_instances = _operator("find_instances")
-number_instances = _operator("number_instances")
-sum_instances = _operator("sum_instances")
-evaluate = _operator("evaluate")
-evaluate_backward = _operator("evaluate_backward")
-center_volumes = _operator("center_volumes")
+find = operator("find")
+row_maps = operator("row_maps")
+components = operator("components")
+find_instances = operator("find_instances")
+number_instances = operator("number_instances")
+sum_instances = operator("sum_instances")
+evaluate = operator("evaluate")
+evaluate_backward = operator("evaluate_backward")
+center_volumes = operator("center_volumes")
+cells = operator("cells")
+region_loss = operator("region_loss")
+region_loss_backward = operator("region_loss_backward")

@@ -6,7 +6,6 @@ into the gradient of a volume. A sample without usable outputs, or without label
 criterion on the whole sample, in row 0.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,7 +112,7 @@ def _request(
     )
 
 
-class _OnceDifferentiable(torch.autograd.Function):
+class OnceDifferentiable(torch.autograd.Function):
     """A gradient that raises when it is differentiated; torch's `once_differentiable` looks at what flows in alone."""
 
     @staticmethod
@@ -220,17 +219,14 @@ class FusedTerms(torch.autograd.Function):
             )
             of_values = None if ctx.values_type is None else grad_values.to(ctx.values_type)
         if torch.is_grad_enabled():  # a graph of the backward was asked for
-            grad_x = _OnceDifferentiable.apply(grad_x, carrier)  # type: ignore[no-untyped-call]
+            grad_x = OnceDifferentiable.apply(grad_x, carrier)  # type: ignore[no-untyped-call]
             if of_values is not None:
-                of_values = _OnceDifferentiable.apply(of_values, carrier)  # type: ignore[no-untyped-call]
+                of_values = OnceDifferentiable.apply(of_values, carrier)  # type: ignore[no-untyped-call]
         return (grad_x, of_values, *(None,) * 12)
 
 
-def apply(*arguments: Any) -> tuple[Tensor, ...]:
-    """`FusedTerms.apply`, without looking its signature up at each call where nothing asks for that."""
+def apply(function: type[torch.autograd.Function], *arguments: Any) -> tuple[Tensor, ...]:
+    """`function.apply`, without looking its signature up at each call where nothing asks for that."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return FusedTerms.apply(*arguments)  # type: ignore[no-untyped-call, no-any-return]
-    return _apply(*arguments)
-
-
-_apply: Callable[..., tuple[Tensor, ...]] = super(torch.autograd.Function, FusedTerms).apply
+        return function.apply(*arguments)  # type: ignore[no-any-return]
+    return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[misc, no-any-return]

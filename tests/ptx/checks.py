@@ -149,7 +149,49 @@ def plain_sums(x, out, lab, kept, rows, rest, activation, quantity, no_tp):
     return (out_sums[:rows], lab_sums[:rows]), touched, torch.stack(sizes)[:, :rows], int(touching.sum())
 
 
-CHECKS = (check_labelling, check_loss, check_pairs)
+def check_regions(seed):
+    """Cells bit for bit, and losses on them or on instances with their gradient, of every kind."""
+    draw, g = random.Random(seed), torch.Generator().manual_seed(seed)
+    shape = [draw.choice([1, 2, 4]), *(draw.choice([1, 3, 8, 11, 17]) for _ in range(3))]
+    kind, activation = draw.choice([ops.BLOB, ops.CELLS, ops.TVERSKY, ops.FALSE]), draw.choice([ops.NONE, ops.SIGMOID])
+    rows = torch.randint(-1, 9, shape, generator=g, dtype=torch.int32)
+    rows = torch.where(torch.rand(shape, generator=g) < draw.choice([0.02, 0.2, 0.9]), rows, 0)
+    rows[1:2].clamp_(max=0)
+    # (in steps that are no binary fractions, equally near is a matter of rounding)
+    spacing = draw.choice([[1.0, 1.0, 1.0], [3.0, 0.5, 1.0]])
+    near, truth = on_both(lambda: ops.cells(rows, spacing))
+    assert torch.equal(near, truth), "cells differ"
+    labels, counts = rows > 0, rows.flatten(1).amax(1).clamp(min=0)
+    if kind == ops.CELLS:
+        rows = torch.where(rows < 0, -1, near)
+    labels |= torch.rand(shape, generator=g) < 0.05
+    x = torch.randn(shape, generator=g, dtype=draw.choice([torch.float32, torch.float64])) * 3
+    x = x.sigmoid() if activation == ops.NONE else x
+    if draw.random() < 0.1:
+        x.view(-1)[draw.randrange(x.numel())] = float("nan")
+    modes = draw.choice([[1.0, 1.0], [1.0, 0.0], [0.0, 1.0]])
+    numbers = {
+        ops.BLOB: [*modes, 0.1, float(seed % 2)],
+        ops.CELLS: [*modes, 0.1],
+        ops.TVERSKY: [0.3, 0.7, draw.choice([1.0, 0.5]), 5.0, 0.1, 1e-5],
+        ops.FALSE: [],
+    }[kind]
+    chosen = torch.rand((len(x), 9), generator=g) < 0.5 if kind == ops.FALSE else None
+    labels = labels.to(draw.choice([torch.float32, torch.uint8, torch.bool]))
+    classes, grad = 2 if len(x) > 1 and seed % 3 else 1, torch.tensor(1.5, dtype=x.dtype)
+
+    def step():
+        case = x, labels, rows, counts, chosen, activation, kind, numbers, classes, 9
+        value, slopes, factors = ops.region_loss(*case)
+        return value, ops.region_loss_backward(grad, x, labels, rows, slopes, factors, activation, kind)
+
+    (value, gradient), (true_value, true_gradient) = on_both(step)
+    assert_close("value", value, true_value, tolerance(x.dtype, largest(true_value)))
+    if value.isfinite():
+        assert_close("gradient", gradient, true_gradient, tolerance(x.dtype) * max(1e-6, largest(true_gradient)))
+
+
+CHECKS = (check_labelling, check_loss, check_pairs, check_regions)
 
 
 def check(which, seed, mode="order", arch=90):

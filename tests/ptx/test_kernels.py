@@ -1,11 +1,11 @@
-"""Labelling, pairs, whole losses and metrics, by the code that a GPU would get, against the CPU backend."""
+"""Labelling, pairs, regions, whole losses and metrics, by the code that a GPU would get, against the CPU backend."""
 
 import pytest
-from checks import check, check_labelling, check_loss, check_pairs
+from checks import check, check_labelling, check_loss, check_pairs, check_regions
 from machine import MODES
 
-COUNTS = {check_labelling: 40, check_pairs: 30, check_loss: 45}
-SMALL_COUNTS = {check_labelling: 8, check_pairs: 6, check_loss: 8}
+COUNTS = {check_labelling: 40, check_pairs: 30, check_regions: 40, check_loss: 45}
+SMALL_COUNTS = {check_labelling: 8, check_pairs: 6, check_regions: 8, check_loss: 8}
 
 
 def seeds(counts):
