@@ -28,6 +28,7 @@ def launch_evaluate(
     pairs: int,
     planar: bool,
     offset: float | None,
+    spacing: list[float],
     proximity: bool,
     criteria: list[float],
     weights: list[float],
@@ -40,9 +41,10 @@ def launch_evaluate(
     sums, sample_sums, *touching = launch_sum_instances(x, sites, counts, geometry, activation, quantity, no_tp, pairs)
     owned = distances = None
     if offset is not None:
-        owned = launch_center_overlaps(geometry, counts, shape, ops.reach_of_boxes(shape, planar, offset))
+        reach = ops.reach_of_boxes(shape, planar, offset, spacing)
+        owned = launch_center_overlaps(geometry, counts, shape, reach)
     if proximity:
-        distances = launch_proximity_minima(geometry, counts, shape, planar)
+        distances = launch_proximity_minima(geometry, counts, shape, planar, spacing)
     of_criteria = numbers(tuple(criteria), shape[0] * shape[1] * shape[2], batch, classes)
     results = sums, sample_sums, pixel_sums, health, counts, geometry, owned, distances, values, totals
     terms, total, *slopes = launch_terms(*results, of_criteria, classes, reduction, rates, tuple(weights), x.dtype)

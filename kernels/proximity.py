@@ -2,7 +2,7 @@
 
 Along an axis with inclusive bounds [low, high] and extent e = max(high - low, 1) the box is [max(low - e - 1, 0),
 min(high + e, dim)) and its centre low' + ceil((high' - low') / 2). With |.| volumes, d the distance of the centres,
-diag the diagonal of the smallest box around both,
+diag the diagonal of the smallest box around both, both in units of the spacing,
 
     DIoU = 1 - |A n B| / |A u B| + d^2 / (diag^2 + 1e-7).
 
@@ -14,6 +14,8 @@ Backward: none, DIoU is a constant. Deterministic: minima. Bytes a voxel: none; 
 compared with.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -21,7 +23,7 @@ from torch import Tensor
 
 from .. import ops
 from .blocks import block_size, table_programs
-from .launches import launch
+from .launches import bits_of, launch, of_bits
 
 COLUMNS: tl.constexpr = tl.constexpr(ops.GEOMETRY_COLUMNS)
 LOWS: tl.constexpr = tl.constexpr(ops.LOWS.start)
@@ -42,15 +44,16 @@ def _box_side(row_ptr, present, dim, AXIS: tl.constexpr):
 
 
 @triton.jit
-def _compare_side(low, high, other_low, other_high):
-    """Along one axis: length of the intersection, squared distance of the centres, squared length around both."""
+def _compare_side(low, high, other_low, other_high, step):
+    """Along one axis: voxels of the intersection, squared distance of the centres, squared length around both."""
     shared = tl.maximum(tl.minimum(high, other_high) - tl.maximum(low, other_low), 0.0)
-    distance = low + tl.ceil((high - low) / 2) - other_low - tl.ceil((other_high - other_low) / 2)
-    around = tl.maximum(high, other_high) - tl.minimum(low, other_low)
+    distance = (low + tl.ceil((high - low) / 2) - other_low - tl.ceil((other_high - other_low) / 2)) * step
+    around = (tl.maximum(high, other_high) - tl.minimum(low, other_low)) * step
     return shared, distance * distance, around * around
 
 
-@triton.jit
+# (the spacing comes as bits: Triton would round it, and compile for each)
+@triton.jit(do_not_specialize=["step_d", "step_h", "step_w"])
 def _smallest_diou_kernel(
     geometry_ptr,  # (2 B, capacity, 10) int64
     used_ptr,  # (2 B,) int32
@@ -59,6 +62,9 @@ def _smallest_diou_kernel(
     D,
     H,
     W,
+    step_d: tl.int64,
+    step_h: tl.int64,
+    step_w: tl.int64,
     PLANAR: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -79,9 +85,10 @@ def _smallest_diou_kernel(
             distance, around = 0.0, 0.0
             for axis in tl.static_range(PLANAR, 3):
                 dim = D if axis == 0 else (H if axis == 1 else W)
+                step = of_bits(step_d if axis == 0 else (step_h if axis == 1 else step_w))
                 low, high = _box_side(row_ptr, row < count, dim, axis)
                 other_low, other_high = _box_side(other_ptr, other < other_count, dim, axis)
-                shared_side, distance_side, around_side = _compare_side(low, high, other_low, other_high)
+                shared_side, distance_side, around_side = _compare_side(low, high, other_low, other_high, step)
                 volume *= high - low
                 other_volume *= other_high - other_low
                 shared *= shared_side
@@ -92,7 +99,9 @@ def _smallest_diou_kernel(
         tl.store(minima_ptr + side * capacity + row, tl.min(smallest, axis=0))
 
 
-def launch_proximity_minima(geometry: Tensor, counts: Tensor, shape: list[int], planar: bool) -> Tensor:
+def launch_proximity_minima(
+    geometry: Tensor, counts: Tensor, shape: list[int], planar: bool, spacing: Sequence[float]
+) -> Tensor:
     """Smallest DIoU of each kept output to a label, and of each label to one; `planar` ignores the first axis."""
     sides, capacity, _ = geometry.shape
     minima = torch.empty((sides, capacity), dtype=torch.float64, device=geometry.device)
@@ -107,6 +116,7 @@ def launch_proximity_minima(geometry: Tensor, counts: Tensor, shape: list[int], 
             minima,
             capacity,
             *shape,
+            *bits_of(spacing),
             int(planar),
             block,
             num_warps=OTHERS_WARPS,

@@ -137,7 +137,7 @@ def call_launchers(sides, capacity, rest):
         boxes = (geometry, counts, list(shape[1:]), [min(depth, 2), 2, 2])
         room["centers"].launch_center_overlaps(*boxes)
         room["centers"].launch_center_volumes(*boxes)
-        room["proximity"].launch_proximity_minima(geometry, counts, list(shape[1:]), depth == 1)
+        room["proximity"].launch_proximity_minima(geometry, counts, list(shape[1:]), depth == 1, [1.0, 1.0, 1.0])
         for spacing in ([1.0, 1.0, 1.0], [3.0, 1.0, 0.5]):
             room["cells"].launch_cells(mask.int(), spacing)
     sites = [torch.zeros(size, dtype=torch.int32) for size in ((4, *shape[1:]), (2, rest))]

@@ -58,6 +58,7 @@ def reference_details(
     instance_wise_loss_no_tp: bool = True,
     rate_instead_number: bool = False,
     gradients: str = "surrogate",
+    spacing: Sequence[float] | None = None,
 ) -> tuple[dict[str, Tensor], list["SampleTerms"]]:
     """Compute the terms, and what they are made of: the terms of each sample (none if an output is not finite)."""
     if outputs.shape[1] != num_out_chn or outputs.ndim != spatial_dims + 2:
@@ -107,6 +108,7 @@ def reference_details(
                 no_tp=instance_wise_loss_no_tp,
                 rates=rate_instead_number,
                 surrogate=gradients != "reference",
+                spacing=spacing or [1.0] * spatial_dims,
             )
         )
 
@@ -247,6 +249,7 @@ def sample_terms(
     no_tp: bool,
     rates: bool,
     surrogate: bool,
+    spacing: Sequence[float],
 ) -> SampleTerms:
     """Compute the terms of one sample from the activated output `a` and the label `y`, both (1, 1, *spatial).
 
@@ -268,9 +271,12 @@ def sample_terms(
     instance_output = [output_value(a, y, output, labels, criterion) for output in kept] or [whole_sample]
     instance_label = [label_value(a, y, label, kept, no_tp, criterion) for label in labels] or [whole_sample]
 
-    label_heights = center_volume([(label, 1 + smoother) for label in labels], y, centroid_offset)
+    label_heights = center_volume([(label, 1 + smoother) for label in labels], y, centroid_offset, spacing)
     output_heights = center_volume(
-        [(output, straight_through(1 + smoother, a[output].mean(), surrogate)) for output in kept], y, centroid_offset
+        [(output, straight_through(1 + smoother, a[output].mean(), surrogate)) for output in kept],
+        y,
+        centroid_offset,
+        spacing,
     )
     center = center_criterion(output_heights, label_heights)
 
@@ -295,11 +301,11 @@ def sample_terms(
     output_boxes = [extended_box(output, shape) for output in kept] or [middle_box(shape)]
     label_boxes = [extended_box(label, shape) for label in labels] or [middle_box(shape)]
     label_sum = sum(
-        min(diou(output_box, box) for output_box in output_boxes) * value
+        min(diou(output_box, box, spacing) for output_box in output_boxes) * value
         for box, value in zip(label_boxes, instance_label, strict=True)
     )
     output_sum = sum(
-        min(diou(box, label_box) for label_box in label_boxes) * value
+        min(diou(box, label_box, spacing) for label_box in label_boxes) * value
         for box, value in zip(output_boxes, instance_output, strict=True)
     )
     proximity = (label_sum - output_sum) ** 2 + (len(outputs) if too_many else 0)
@@ -336,7 +342,9 @@ def label_value(a: Tensor, y: Tensor, label: Tensor, kept: list[Tensor], no_tp: 
     return criterion(a * weight, y * label)
 
 
-def center_volume(instances: list[tuple[Tensor, Tensor | float]], like: Tensor, centroid_offset: float) -> Tensor:
+def center_volume(
+    instances: list[tuple[Tensor, Tensor | float]], like: Tensor, centroid_offset: float, spacing: Sequence[float]
+) -> Tensor:
     """Draw the centre box of each (mask, height) in turn, later ones over earlier ones, on a volume of zeros."""
     volume = torch.zeros_like(like)
     shape = like.shape[2:]
@@ -345,7 +353,10 @@ def center_volume(instances: list[tuple[Tensor, Tensor | float]], like: Tensor, 
         inside = torch.ones_like(mask)
         for d, dim in enumerate(shape):
             center = -(-int(coordinates[:, d].sum()) // len(coordinates))  # the mean, rounded up
-            offset = math.ceil(dim / max(shape) * centroid_offset)
+            offset = dim / max(shape) * centroid_offset
+            if len(set(spacing)) > 1:
+                offset = round(offset * sum(spacing) / len(spacing) / spacing[d], 9)  # without the noise of floats
+            offset = math.ceil(offset)
             positions = torch.arange(dim, device=mask.device)
             covered = (positions >= center - offset - 1) & (positions < center + offset)
             inside = inside & covered.reshape([-1 if e == d + 2 else 1 for e in range(mask.ndim)])
@@ -380,11 +391,12 @@ def middle_box(shape: list[int]) -> Box:
     return Box([q - 1 for q in middle], [q + 1 for q in middle], middle)
 
 
-def diou(one: Box, other: Box) -> float:
-    """Compute 1 - IoU + d^2 / (diag^2 + 1e-7) of two boxes."""
+def diou(one: Box, other: Box, spacing: Sequence[float]) -> float:
+    """Compute 1 - IoU + d^2 / (diag^2 + 1e-7) of two boxes, d and diag in units of the spacing."""
     axes = range(len(one.lows))
     volumes = [math.prod(box.highs[d] - box.lows[d] for d in axes) for box in (one, other)]
     shared = math.prod(max(min(one.highs[d], other.highs[d]) - max(one.lows[d], other.lows[d]), 0) for d in axes)
-    distance = sum((one.center[d] - other.center[d]) ** 2 for d in axes)
-    diagonal = sum((max(one.highs[d], other.highs[d]) - min(one.lows[d], other.lows[d])) ** 2 for d in axes)
+    distance = sum((spacing[d] * (one.center[d] - other.center[d])) ** 2 for d in axes)
+    around = [max(one.highs[d], other.highs[d]) - min(one.lows[d], other.lows[d]) for d in axes]
+    diagonal = sum((spacing[d] * around[d]) ** 2 for d in axes)
     return 1 - shared / (sum(volumes) - shared) + distance / (diagonal + 1e-7)

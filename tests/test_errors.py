@@ -1,12 +1,13 @@
 """Bad input: one clear error each, naming the argument, its value and what is allowed."""
 
+import math
 import re
 
 import pytest
 import torch
 from backends import VARIABLE
 
-from triton_instance_loss import InstanceLoss, checks, connected_components, functional, ops
+from triton_instance_loss import InstanceLoss, checks, connected_components, dispatch, functional
 
 OPTIONS = [
     ({"activation": "relu"}, ValueError, "activation must be one of 'sigmoid', 'softmax', 'none', got 'relu'"),
@@ -56,6 +57,19 @@ OPTIONS = [
     ({"max_cc_out": -1}, ValueError, "max_cc_out must be an integer of at least 0, got -1"),
     ({"mul_too_many": -0.5}, ValueError, "mul_too_many must be a finite number of at least 0, got -0.5"),
     ({"min_instance_size": -2}, ValueError, "min_instance_size must be an integer of at least 0, got -2"),
+    (
+        {"spacing": 2.0},
+        TypeError,
+        "spacing must be a positive number for each of 3 axes (spatial_dims=3), or None",
+    ),
+    (
+        {"spacing": (1, 1)},
+        ValueError,
+        "spacing must be a positive number for each of 3 axes (spatial_dims=3), got 2",
+    ),
+    ({"spacing": (1, 0, 1)}, ValueError, "spacing[1] must be a finite number above 0, got 0"),
+    ({"spacing": (1, 1, -2.0)}, ValueError, "spacing[2] must be a finite number above 0, got -2.0"),
+    ({"spacing": (1, 1, math.nan)}, ValueError, "spacing[2] must be a finite number above 0, got nan"),
     ({"centroid_offset": -1}, ValueError, "centroid_offset must be a finite number of at least 0, got -1"),
     ({"smoother": 0}, ValueError, "smoother must be a finite number above 0, got 0"),
     ({"instance_wise_loss_no_tp": 1}, TypeError, "instance_wise_loss_no_tp must be True or False, got 1"),
@@ -182,14 +196,14 @@ def test_backend_variable(monkeypatch):
     tensor = torch.zeros(1)
     monkeypatch.setenv(VARIABLE, "numpy")
     with pytest.raises(ValueError, match=r"TRITON_INSTANCE_LOSS_BACKEND must be 'cpu' or 'triton'.*got 'numpy'"):
-        ops.backend(tensor)
+        dispatch.backend(tensor)
     monkeypatch.setenv(VARIABLE, "triton")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(RuntimeError, match="set TRITON_INTERPRET=1"):
-        ops.backend(tensor)
+        dispatch.backend(tensor)
     monkeypatch.delenv(VARIABLE)
     with pytest.raises(ValueError, match="device must be 'cpu' or 'cuda', got 'meta'"):
-        ops.backend(torch.zeros(1, device="meta"))
+        dispatch.backend(torch.zeros(1, device="meta"))
 
 
 def test_cuda_without_triton(monkeypatch):
@@ -199,12 +213,12 @@ def test_cuda_without_triton(monkeypatch):
         device = torch.device("cuda", 0)
 
     monkeypatch.delenv(VARIABLE, raising=False)
-    monkeypatch.setattr(ops, "_TRITON_IS_INSTALLED", False)
+    monkeypatch.setattr(dispatch, "_TRITON_IS_INSTALLED", False)
     with pytest.raises(RuntimeError, match="Tensors on cuda:0 need the package 'triton', which is not installed"):
-        ops.backend(Cuda())
+        dispatch.backend(Cuda())
     monkeypatch.setenv(VARIABLE, "cpu")
     with pytest.raises(ValueError, match="works on CPU tensors only, got a tensor on cuda:0"):
-        ops.backend(Cuda())
+        dispatch.backend(Cuda())
 
 
 def test_debug_switch_is_what_looks_at_cuda(monkeypatch):

@@ -159,7 +159,22 @@ def operator_arguments(device, backend):
     maps = ops.row_maps(x, sites)
     criteria, weights = describe(*[fused_form(DICE)] * 3, 1e-7), [1.0] * 7
     how = (ops.SIGMOID, 0, True)
-    evaluate = (x, sites, counts, geometry, pixel_sums, health, None, None, *how, 128, False, 3.0, True)
+    evaluate = (
+        x,
+        sites,
+        counts,
+        geometry,
+        pixel_sums,
+        health,
+        None,
+        None,
+        *how,
+        128,
+        False,
+        3.0,
+        [1.0, 2.0, 0.7],
+        True,
+    )
     evaluate += (criteria, weights, 1, ops.BY_MEAN, True)
     terms, total, kept = ops.evaluate(*evaluate)
     regions = (x, labels, maps[3], counts[ops.LABELS])

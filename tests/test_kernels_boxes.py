@@ -169,24 +169,25 @@ def plain_boxes(geometry, count, shape, planar):
     return lows[:, planar:].double(), highs[:, planar:].double()
 
 
-def plain_diou(lows, highs, other_lows, other_highs):
+def plain_diou(lows, highs, other_lows, other_highs, steps):
     """DIoU of each box with each other box, (n, m)."""
     lows, highs, other_lows, other_highs = lows[:, None], highs[:, None], other_lows[None], other_highs[None]
     shared = (torch.minimum(highs, other_highs) - torch.maximum(lows, other_lows)).clamp(min=0).prod(-1)
     union = (highs - lows).prod(-1) + (other_highs - other_lows).prod(-1) - shared
     centers = lows + ((highs - lows) / 2).ceil() - other_lows - ((other_highs - other_lows) / 2).ceil()
-    around = torch.maximum(highs, other_highs) - torch.minimum(lows, other_lows)
+    around = (torch.maximum(highs, other_highs) - torch.minimum(lows, other_lows)) * steps
+    centers = centers * steps
     return 1 - shared / union + (centers**2).sum(-1) / ((around**2).sum(-1) + 1e-7)
 
 
-def assert_minima(geometry, counts, shape, planar):
+def assert_minima(geometry, counts, shape, planar, spacing=(1.0, 1.0, 1.0)):
     """Distances to the nearest of the other side against the plain statement."""
-    ours = proximity.launch_proximity_minima(geometry, counts, list(shape), planar)
+    ours = proximity.launch_proximity_minima(geometry, counts, list(shape), planar, list(spacing))
     batch = counts.shape[1]
     for b, (kept, num_labels) in enumerate(counts[1:].T.tolist()):
         sides = ((geometry[b], kept), (geometry[batch + b], num_labels))
         out, lab = (plain_boxes(*side, shape, planar) for side in sides)
-        diou = plain_diou(*out, *lab)
+        diou = plain_diou(*out, *lab, torch.tensor(spacing[planar:], dtype=torch.float64, device=DEVICE))
         torch.testing.assert_close(ours[b, : len(diou)], diou.amin(1), rtol=1e-14, atol=1e-14)
         torch.testing.assert_close(ours[batch + b, : diou.shape[1]], diou.amin(0), rtol=1e-14, atol=1e-14)
 
@@ -195,13 +196,14 @@ def assert_minima(geometry, counts, shape, planar):
 @pytest.mark.parametrize("planar", [False, True])
 def test_proximity(shape, offsets, kept, num_labels, planar):
     assert_minima(*two_sides(shape, kept, num_labels), shape, planar)
+    assert_minima(*two_sides(shape, kept, num_labels), shape, planar, (0.7, 3.0, 0.5))
 
 
 def test_proximity_drawn():
     # bounds [2, 3]: extent 1, extended to [0, 4) with centre 2; against the middle [3, 5), centre 4: IoU 1/5, 2^2 / 5^2
     geometry = torch.tensor([[[2, 0, 0, 5, 0, 0, 2, 0, 0, 3]]], device=DEVICE).repeat(2, 1, 1)
     counts = torch.tensor([[5], [1], [0]], dtype=torch.int32, device=DEVICE)
-    ours = proximity.launch_proximity_minima(geometry, counts, [1, 1, 8], True)
+    ours = proximity.launch_proximity_minima(geometry, counts, [1, 1, 8], True, [1.0, 1.0, 1.0])
     # along the axis of length 1 the instance has [0, 1), the middle [-1, 1); their centres are 1 and 0
     expected = 1 - 1 / (4 + 4 - 1) + (4 + 1) / (25 + 4)
     assert ours.tolist() == [[pytest.approx(expected, abs=1e-9)]] * 2

@@ -98,6 +98,7 @@ def test_signature_is_the_published_one_and_ours():
         "to_onehot_y": False,
         "ignore_index": None,
         "process_group": None,
+        "spacing": None,
     }
     assert inspect.signature(InstanceCenterLoss) == inspect.signature(InstanceLoss)
 
@@ -373,3 +374,38 @@ def test_a_threshold_that_rounds_to_zero_is_zero(backend):
         for threshold in (1e-60, 0.0)
     )
     assert torch.equal(tiny, zero)
+
+
+@pytest.mark.parametrize("spacing", [None, (0.7, 0.7), (2.0, 2.0)])
+def test_voxels_that_are_as_long_as_wide_need_no_spacing(backend, spacing):
+    outputs, labels = random_batch(backend, shape=(9, 12))
+    plain = InstanceLoss(spatial_dims=2)(outputs, labels)
+    spaced = InstanceLoss(spatial_dims=2, spacing=spacing)(outputs, labels)
+    assert plain.center == spaced.center
+    torch.testing.assert_close(spaced.proximity, plain.proximity, rtol=1e-6, atol=0.0)
+
+
+def test_spacing_of_center_boxes_and_distances(backend):
+    """Two voxels, three columns apart, of an image whose rows are three times as far from each other as its columns."""
+    outputs, labels = torch.zeros(2, 1, 1, 9, 9, device=backend).unbind()
+    outputs[..., 4, 1], labels[..., 4, 4] = 1, 1
+    terms = {}
+    for spacing in (None, (3.0, 1.0), (1.0, 3.0)):
+        loss = InstanceLoss(activation="none", spatial_dims=2, centroid_offset=1.0, spacing=spacing)
+        terms[spacing] = loss(outputs, labels)
+    # Boxes [c - o - 1, c + o) reach, rounded up, o = 1 row and column; 2 / 3 of a row and 2 columns; 2 rows and 2 / 3
+    # of a column. Columns 0..1 (clipped) and 2..4 share none, columns 0..2 and 1..5 two, in three rows.
+    assert terms[None].center == pytest.approx(1.0, abs=1e-4)
+    assert terms[1.0, 3.0].center == pytest.approx(1.0, abs=1e-4)
+    assert terms[3.0, 1.0].center == pytest.approx(1 - 2 * 6 / (9 + 15), abs=1e-4)
+    # Extended boxes have rows 2..4, and columns 0..1 (clipped) and 2..4: their centres are columns 1 and 4, there are 5
+    # columns and 3 rows around both, and no voxel is shared.
+    distances = {None: 1 + 9 / (9 + 25), (3.0, 1.0): 1 + 9 / (81 + 25), (1.0, 3.0): 1 + 81 / (9 + 225)}
+    for spacing, distance in distances.items():
+        loss = InstanceLoss(None, _only_labels, activation="none", spatial_dims=2, spacing=spacing)
+        assert loss(outputs, labels).proximity == pytest.approx(distance**2, rel=1e-5), spacing
+
+
+def _only_labels(u, w):
+    """1 of an instance that has a label, and else 0, so that nothing is taken away from the distances of labels."""
+    return w.max() + 0 * u.sum()

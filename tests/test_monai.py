@@ -136,6 +136,7 @@ OPTIONS = {
     "to_onehot_y": True,
     "ignore_index": 255,
     "process_group": "world",
+    "spacing": [3.0, 0.5],
 }
 
 

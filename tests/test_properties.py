@@ -221,7 +221,10 @@ def cases(draw, max_voxels=240, max_size=13):
         "instance_wise_loss_no_tp": draw(st.booleans()),
         "rate_instead_number": draw(st.booleans()),
         "gradients": draw(st.sampled_from(["surrogate", "surrogate", "log", "log", "reference"])),
+        "spacing": draw(st.sampled_from([None, None, (3.0, 0.5, 1.0), (0.3, 0.9, 0.3), (0.7, 0.7, 0.7)])),
     }
+    if options["spacing"] is not None:
+        options["spacing"] = options["spacing"][:spatial_dims]
     dtype = draw(st.sampled_from([torch.float64, torch.float64, torch.float32]))
     weights = draw(st.lists(st.sampled_from([1.0, -2.0, 0.5, 3.0]), min_size=len(TERMS), max_size=len(TERMS)))
     return Case(outputs.float().double(), labels, ids, options, criterion, dtype, weights)

@@ -71,6 +71,7 @@ class Family(_Loss):
         to_onehot_y: bool = False,
         ignore_index: float | None = None,
         process_group: Any = None,
+        spacing: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
         self.options = Options(
@@ -93,6 +94,7 @@ class Family(_Loss):
             to_onehot_y=to_onehot_y,
             ignore_index=ignore_index,
             process_group=process_group,
+            spacing=spacing,
         )
         self._set_criteria(
             loss_function_pixel=loss_function_pixel,
@@ -270,6 +272,8 @@ class InstanceLoss(Family):
             a group of torch.distributed. The loss of a process is then its share, and the mean of all shares, whose
             gradient is what DistributedDataParallel makes, is the loss of the joint batch. None: each for itself.
             Without effect with "data", which averages over samples.
+        spacing: the size of a voxel along each spatial axis, in their order, positive numbers: centre boxes are then as
+            wide in it along all axes, and the distances of proximity are in its units. None: voxels, as published.
 
     Raises:
         TypeError: An argument of the wrong type; a criterion that is not callable or returns no tensor; integer or

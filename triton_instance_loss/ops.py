@@ -9,6 +9,7 @@ There may be more outputs than that, `rest` at most; they are only counted, and 
 
 import functools
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -111,7 +112,8 @@ _SCHEMAS = {
     "sum_instances": "(Tensor x, Tensor[] sites, Tensor counts, Tensor geometry, int activation, int quantity,"
     " bool no_tp, int pairs) -> (Tensor, Tensor, Tensor, Tensor)",
     # the terms of what `find` found. pairs is room for the pairs (kept output, label) that touch; offset that of boxes
-    # along the longest axis, or None: no center; planar: the first axis is none; without values (2 B, capacity)
+    # along the longest axis, or None: no center; spacing is that along D, H, W, of which planar ignores the first, the
+    # axis of an image that is none; without values (2 B, capacity)
     # of the criterion these follow from the sums; totals (2, classes) float64 are kept outputs and labels of a class,
     # if not those of this batch. Samples belong to classes in turns. criteria: what ratios.py describes
     # -> terms (7,), and their sum with weights, 0-d, or with no weights nothing of use, of the dtype of x; and what the
@@ -119,7 +121,7 @@ _SCHEMAS = {
     #    samples (B, 8), float64, pairs, and which of the rest of the outputs touch a label
     "evaluate": "(Tensor x, Tensor[] sites, Tensor counts, Tensor geometry, Tensor pixel_sums, Tensor health,"
     " Tensor? values, Tensor? totals, int activation, int quantity, bool no_tp, int pairs, bool planar, float? offset,"
-    " bool proximity, float[] criteria, float[] weights, int classes, int reduction, bool rates)"
+    " float[3] spacing, bool proximity, float[] criteria, float[] weights, int classes, int reduction, bool rates)"
     " -> (Tensor, Tensor, Tensor[])",
     # gradients of the terms (7,), and of their sum, either of which may be missing; with masses the surrogate's, with
     # flows those of sums over instances; what gradient mistakes have; whether values of the criterion were given
@@ -237,6 +239,7 @@ def _fake_evaluate(
     pairs: int,
     planar: bool,
     offset: float | None,
+    spacing: list[float],
     proximity: bool,
     criteria: list[float],
     weights: list[float],
@@ -312,12 +315,15 @@ def _fake_region_loss_backward(
     return x.new_empty(x.shape)
 
 
-def reach_of_boxes(shape: list[int], planar: bool, offset: float) -> list[int]:
+def reach_of_boxes(shape: list[int], planar: bool, offset: float, spacing: Sequence[float]) -> list[int]:
     """How far a centre box reaches along each axis of a volume, if it is `offset` along the longest."""
     # An image is a volume of one plane, which any reach of at least one covers.
-    spatial = shape[1:] if planar else shape
-    reach = [math.ceil(length / max(spatial) * offset) for length in spatial]
-    return [1, *reach] if planar else reach
+    spatial, steps = shape[planar:], spacing[planar:]
+    reach = [length / max(spatial) * offset for length in spatial]
+    if len(set(steps)) > 1:  # (rounded, so that 0.9 / 0.3 is 3)
+        mean = sum(steps) / len(steps)
+        reach = [round(each * mean / step, 9) for each, step in zip(reach, steps, strict=True)]
+    return [1] * planar + [math.ceil(each) for each in reach]
 
 
 def first_rows(counts: Tensor, rows: int) -> Tensor:

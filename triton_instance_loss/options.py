@@ -15,7 +15,7 @@ class Options:
 
     The public classes say what each means (`InstanceLoss`). Names and defaults are the published ones, except
     `num_iterations` (whole components), `centroid_offset` (the documented 3), `max_cc_out` (50, which images of many
-    objects exceed) and the last four, which are ours.
+    objects exceed) and the last five, which are ours.
     """
 
     activation: str = "sigmoid"
@@ -37,6 +37,7 @@ class Options:
     to_onehot_y: bool = False
     ignore_index: float | None = None
     process_group: Any = None
+    spacing: Sequence[float] | None = None
 
     def __post_init__(self) -> None:
         for name in NAMES:
@@ -77,6 +78,8 @@ class Options:
                 )
             self.check_ignoring()
         checks.process_group("process_group", self.process_group)
+        if self.spacing is not None:
+            object.__setattr__(self, "spacing", checks.spacing("spacing", self.spacing, self.spatial_dims))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Options":
         return self  # nothing in it changes, and a process group has no copy
@@ -115,6 +118,12 @@ class Options:
     def surrogate(self) -> bool:
         """Whether every term has a gradient."""
         return self.gradients != "reference"
+
+
+def of_volume(spacing: Sequence[float] | None, spatial_dims: int) -> tuple[float, ...]:
+    """The size of a voxel of a volume along D, H and W; an image comes as a volume of one plane."""
+    steps = (1.0,) * spatial_dims if spacing is None else tuple(spacing)
+    return (1.0,) * (3 - spatial_dims) + steps
 
 
 NAMES = tuple(field.name for field in dataclasses.fields(Options))

@@ -14,7 +14,7 @@ from . import checks, ops, quantities
 from .activation import carrier_of, check_and_widen, health_of, to_activate, to_compare, to_volume
 from .components import capacity_bound, rows_of_tables
 from .instances import Found, find, sorted_pairs
-from .options import Options
+from .options import Options, of_volume
 from .terms import OnceDifferentiable, apply
 
 
@@ -80,8 +80,7 @@ class Scene:
         key = side, spacing
         if key not in self._cells:
             instances = self.instances(side)
-            steps = (1.0,) * self.options.spatial_dims if spacing is None else spacing
-            rows = ops.cells(instances.rows, [1.0] * (3 - len(steps)) + list(steps))
+            rows = ops.cells(instances.rows, list(of_volume(spacing, self.options.spatial_dims)))
             self._cells[key] = Regions(self._but_ignored(rows), instances.counts, instances.capacity)
         return self._cells[key]
 

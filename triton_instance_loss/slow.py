@@ -9,7 +9,7 @@ from torch import Tensor
 from . import checks, ops
 from .activation import activated, straight_through
 from .instances import Found
-from .options import Options
+from .options import Options, of_volume
 
 Criterion = Callable[..., Any]
 
@@ -67,7 +67,8 @@ def instance_values(volumes: Volumes, found: Found, criterion: Criterion, option
 def center(volumes: Volumes, found: Found, criterion: Criterion, options: Options) -> Tensor:
     """The criterion on the two volumes of centre boxes of each sample."""
     a, shape = volumes.a, list(volumes.a.shape[1:])
-    offsets = ops.reach_of_boxes(shape, options.spatial_dims == 2, options.centroid_offset)
+    steps = of_volume(options.spacing, options.spatial_dims)
+    offsets = ops.reach_of_boxes(shape, options.spatial_dims == 2, options.centroid_offset, steps)
     owner, covered = ops.center_volumes(found.geometry, found.counts, shape, offsets)
     peak = 1.0 + options.smoother
     values = []

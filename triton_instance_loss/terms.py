@@ -15,7 +15,7 @@ from torch import Tensor
 from . import ops, quantities
 from .activation import activation_of
 from .criteria import FusedCriterion
-from .options import Options
+from .options import Options, of_volume
 from .ratios import describe
 
 TERMS = (
@@ -45,6 +45,7 @@ class Request:
     no_tp: bool
     planar: bool
     offset: float | None  # of centre boxes; None: no center
+    spacing: tuple[float, ...]  # of a volume
     criteria: tuple[float, ...]
     classes: int  # that the samples of a volume belong to, in turns
     reduction: int
@@ -102,6 +103,7 @@ def _request(
         options.instance_wise_loss_no_tp,
         options.spatial_dims == 2,
         float(options.centroid_offset) if "center" in names else None,
+        of_volume(options.spacing, options.spatial_dims),
         describe(*fused, options.smoother),
         len(options.classes),
         ops.BY_INSTANCE if options.instance_wise_reduce == "instance" else reduction,
@@ -170,6 +172,7 @@ class FusedTerms(torch.autograd.Function):
             pairs,
             wanted.planar,
             wanted.offset,
+            wanted.spacing,
             "proximity" in wanted.names,
             wanted.criteria,
             weights,

@@ -84,6 +84,7 @@ def draw_call(seed):
         "instance_wise_loss_no_tp": draw.choice([True, False]),
         "rate_instead_number": draw.choice([True, False]),
         "gradients": draw.choice(["surrogate", "surrogate", "reference"]),
+        "spacing": draw.choice([None, None, (3.0, 0.5, 1.0)[:dims]]),
     }
     fused = [None, DiceLoss(), DiceLoss(jaccard=True), DiceLoss(squared_pred=True), TverskyLoss(alpha=0.3, beta=0.7)]
     fused += [torch.nn.MSELoss(), torch.nn.L1Loss()]

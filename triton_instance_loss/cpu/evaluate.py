@@ -26,6 +26,7 @@ def evaluate(
     pairs: int,
     planar: bool,
     offset: float | None,
+    spacing: list[float],
     proximity: bool,
     criteria: list[float],
     weights: list[float],
@@ -36,10 +37,11 @@ def evaluate(
     """Operator `evaluate` (ops.py)."""
     batch, *shape = x.shape
     sums, sample_sums, *touching = sum_instances(x, sites, counts, geometry, activation, quantity, no_tp, pairs)
-    owned = (
-        None if offset is None else center_overlaps(geometry, counts, shape, ops.reach_of_boxes(shape, planar, offset))
-    )
-    distances = proximity_minima(geometry, counts, shape, planar) if proximity else None
+    owned = distances = None
+    if offset is not None:
+        owned = center_overlaps(geometry, counts, shape, ops.reach_of_boxes(shape, planar, offset, spacing))
+    if proximity:
+        distances = proximity_minima(geometry, counts, shape, planar, spacing)
     of_criteria = list(numbers(tuple(criteria), x[0].numel(), batch, classes))
     results = sums, sample_sums, pixel_sums, health, counts, geometry, owned, distances, values, totals, of_criteria
     all_terms, slopes, of_samples = terms(*results, classes, reduction, rates)

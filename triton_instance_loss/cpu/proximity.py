@@ -34,7 +34,7 @@ def _extended_boxes(table: Indices, count: int, shape: Indices, first_axis: int)
 
 
 @compiled
-def _minima(geometry: Indices, used: Rows, shape: Indices, first_axis: int, minima: Numbers) -> None:
+def _minima(geometry: Indices, used: Rows, shape: Indices, first_axis: int, spacing: Numbers, minima: Numbers) -> None:
     """The smallest distance of each box to one of the other side."""
     batch = used.shape[1]
     for sample in range(batch):
@@ -48,16 +48,17 @@ def _minima(geometry: Indices, used: Rows, shape: Indices, first_axis: int, mini
                 for axis in range(first_axis, 3):
                     one, other = outputs[i, 3 * axis : 3 * axis + 3], labels[j, 3 * axis : 3 * axis + 3]
                     shared *= max(min(one[HIGH], other[HIGH]) - max(one[LOW], other[LOW]), 0.0)
-                    apart += (one[MIDDLE] - other[MIDDLE]) ** 2
-                    around += (max(one[HIGH], other[HIGH]) - min(one[LOW], other[LOW])) ** 2
+                    length = max(one[HIGH], other[HIGH]) - min(one[LOW], other[LOW])
+                    apart += (spacing[axis] * (one[MIDDLE] - other[MIDDLE])) ** 2
+                    around += (spacing[axis] * length) ** 2
                 volume = outputs[i, VOLUME] + labels[j, VOLUME] - shared
                 distance = 1.0 - shared / volume + apart / around
                 of_outputs[i] = min(of_outputs[i], distance)
                 of_labels[j] = min(of_labels[j], distance)
 
 
-def proximity_minima(geometry: Tensor, counts: Tensor, shape: list[int], planar: bool) -> Tensor:
+def proximity_minima(geometry: Tensor, counts: Tensor, shape: list[int], planar: bool, spacing: list[float]) -> Tensor:
     """Operator `proximity_minima` (ops.py)."""
     minima = np.zeros(geometry.shape[:2])
-    _minima(geometry.numpy(), counts[KEPT:].numpy(), np.array(shape), int(planar), minima)
+    _minima(geometry.numpy(), counts[KEPT:].numpy(), np.array(shape), int(planar), np.array(spacing), minima)
     return torch.from_numpy(minima)
