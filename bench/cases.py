@@ -68,6 +68,17 @@ def lesions(shape: Shape, seed: int, count: int = 30, radius: int = 8) -> Inputs
     return _from_volumes(predicted, true, seed)
 
 
+def cells(shape: Shape, seed: int) -> Inputs:
+    """As many as an image of cells holds: 150 a sample, each alike large."""
+    return lesions(shape, seed, count=150, radius=6)
+
+
+def untrained(shape: Shape, seed: int) -> Inputs:
+    """What a network gives before its first step, noise around 0, where the labels are lesions."""
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return Inputs(noise, lesions(shape, seed).labels)
+
+
 def one_instance(shape: Shape, seed: int, voxels: int = 10**6) -> Inputs:
     """One cube of `voxels` voxels, predicted exactly; if it does not fit, one of half the sides."""
     side = round(voxels ** (1 / len(shape[2:])))

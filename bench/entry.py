@@ -2,7 +2,7 @@
 
 import importlib.util
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .cases import Draw, Inputs, Shape
+from .references import KNOWN
 
 SEED = 2024
 # Of float answers, relative to the largest entry (or to 1): two formulas in float32 over millions of voxels.
@@ -20,10 +21,10 @@ Answer = list[Tensor]
 
 @dataclass(frozen=True)
 class Setup:
-    """Where the benchmark runs, and the published code if a checkout was named."""
+    """Where the benchmark runs, and authors' code by name, of which a checkout was named."""
 
     device: torch.device
-    published: Any = None
+    references: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Provider:
         name: as it stands in rows and pictures.
         build: prepares everything that is not to be timed and returns the function that is.
         truth: gives the answer the function must give to be timed; None for a yardstick, which answers something else.
-        needs: modules that must be installed; "published" stands for a checkout of the published code.
+        needs: modules that must be installed, and names of authors' code (`references.KNOWN`).
         devices: where it runs.
         most_voxels: more than this, by device, and it is left out.
         torch_memory: whether all it allocates is seen by torch's statistics (on CUDA).
@@ -86,8 +87,8 @@ class Provider:
 
 
 def _have(name: str, setup: Setup) -> bool:
-    if name == "published":
-        return setup.published is not None
+    if name in KNOWN:
+        return name in setup.references
     return importlib.util.find_spec(name) is not None
 
 

@@ -20,10 +20,22 @@ os.environ.pop("TRITON_INTERPRET", None)
 
 import torch
 from monai.losses import DiceLoss
+from torch import Tensor
 from triton.runtime import driver
 
 import triton_instance_loss
-from triton_instance_loss import InstanceLoss, WeightedSum, connected_components, ops
+from triton_instance_loss import (
+    BlobLoss,
+    CCLoss,
+    ComponentTverskyLoss,
+    FalseComponentLoss,
+    InstanceLoss,
+    WeightedSum,
+    connected_components,
+    dispatch,
+    regions,
+)
+from triton_instance_loss.instances import Found, sorted_pairs
 from triton_instance_loss.metrics import instance_metrics
 
 from . import measure, run
@@ -54,11 +66,18 @@ def pretend() -> None:
     kernels = importlib.import_module("triton_instance_loss.kernels")
     for room in pkgutil.iter_modules(kernels.__path__):
         importlib.import_module(f"{kernels.__name__}.{room.name}")
-    os.environ[ops.BACKEND_VARIABLE] = "triton"
+    os.environ[dispatch.BACKEND_VARIABLE] = "triton"
     # The kernels are defined, and compiled; this lets tensors on the CPU through to them.
     os.environ["TRITON_INTERPRET"] = "1"
     # What nobody has written cannot be looked at.
     triton_instance_loss.checks.room_for_labels = lambda most, room: None
+    regions.sorted_pairs = _no_pairs
+
+
+def _no_pairs(x: Tensor, found: Found) -> tuple[Tensor, int]:
+    """Pairs of rows as they are made, and then none: torch looks up what they name."""
+    keys, base = sorted_pairs(x, found)
+    return keys.zero_(), base
 
 
 def providers(side: int) -> dict[str, Callable[[], Any]]:
@@ -82,6 +101,11 @@ def providers(side: int) -> dict[str, Callable[[], Any]]:
         "InstanceLoss, defaults": step(InstanceLoss()),
         "InstanceLoss, MONAI criteria": step(InstanceLoss(dice, dice, dice)),
         "WeightedSum": step(weighted),
+        "BlobLoss": step(BlobLoss()),
+        "CCLoss": step(CCLoss()),
+        "CCLoss(alpha=0.5), BiCC": step(CCLoss(alpha=0.5)),
+        "ComponentTverskyLoss": step(ComponentTverskyLoss()),
+        "FalseComponentLoss": step(FalseComponentLoss()),
         "instance_metrics": lambda: instance_metrics(x.detach(), y),
         "connected_components": lambda: connected_components(y),
     }

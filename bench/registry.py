@@ -1,7 +1,7 @@
 """Everything that is measured, by name."""
 
-from . import labelling, steps
-from .cases import blobs, giant, lesions, noise, one_instance, small_instances, spirals
+from . import components, labelling, steps
+from .cases import blobs, cells, giant, lesions, noise, one_instance, small_instances, spirals, untrained
 from .entry import Case, Entry
 
 # Outputs and labels read once, the gradient written once, in float32; a mask read, ids in int32 written.
@@ -49,12 +49,34 @@ ENTRIES = {
     for entry in (
         _step("step", "all seven terms, forward and backward, of a training batch", [_lesions(128, 2)]),
         _step("step_cpu", "the same for one patch", [_lesions(128), _lesions(192)], seconds=6.0),
+        Entry(
+            "step_small",
+            "the same and instance_metrics where little is to be done, or much: patches, images of cells, noise",
+            (
+                _lesions(64),
+                Case("150 cells each, 4 x 512^2", (4, 1, 512, 512), cells, TINY_2D),
+                Case("untrained 1 x 96^3", _cube(96), untrained, TINY_3D),
+            ),
+            steps.SMALL,
+            steps.read_any,
+            STEP_BYTES,
+            steps.YARDSTICKS,
+        ),
         _labelling(),
         Entry(
             "instance_terms",
             "the two instance terms against labels of others and torch's own sums",
             (_lesions(128, 2),),
             steps.INSTANCE_TERMS,
+            steps.read,
+            STEP_BYTES,
+            steps.YARDSTICKS,
+        ),
+        Entry(
+            "component_losses",
+            "blob loss, CC-DiceCE, BiCC, CAT and false components, forward and backward",
+            (_lesions(128), _lesions(128, 2)),
+            components.PROVIDERS,
             steps.read,
             STEP_BYTES,
             steps.YARDSTICKS,

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from . import measure, published
+from . import measure, references
 from .entry import SEED, Answer, Case, Entry, Function, Setup, Truth, difference
 from .measure import Row
 from .registry import ENTRIES
@@ -116,7 +116,13 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--entry", action="append", choices=list(ENTRIES), help="what to measure; all by default")
     parser.add_argument("--case", metavar="PATTERN", help="only cases with this in their name")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--reference", metavar="CHECKOUT", help="time the published code, from this checkout, too")
+    parser.add_argument(
+        "--reference",
+        metavar="NAME=CHECKOUT",
+        action="append",
+        default=[],
+        help=f"time authors' code, from a checkout of it, too; NAME is one of {', '.join(references.KNOWN)}",
+    )
     parser.add_argument("--out", type=Path, metavar="FILE", help="rows are appended to it")
     parser.add_argument("--threads", type=int, help="of torch; one for each core by default")
     parser.add_argument("--seconds", type=float, help="for one provider on one case")
@@ -138,7 +144,7 @@ def main(given: list[str] | None = None) -> None:
     device = torch.device(options.device)
     measure.use_threads(options.threads)
     measure.keep_memory()
-    setup = Setup(device, published.load(options.reference) if options.reference else None)
+    setup = Setup(device, references.load(options.reference))
     surroundings = measure.surroundings(device)
     out = options.out or (None if options.tiny else measure.ROOT / "bench" / "results" / f"{device.type}.jsonl")
     for entry in entries:

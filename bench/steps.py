@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from triton_instance_loss import InstanceLoss
+from triton_instance_loss import InstanceLoss, connected_components
 from triton_instance_loss.functional import instance_segmentation_loss
+from triton_instance_loss.metrics import instance_metrics
 
 from . import labelling
 from .cases import Inputs
@@ -126,13 +127,35 @@ def _ours_as_published(inputs: Inputs, setup: Setup) -> Function:
 
 
 def _published(inputs: Inputs, setup: Setup) -> Function:
-    loss = setup.published.InstanceLoss(**as_published(inputs), centroid_offset=3)
+    loss = setup.references["instance_loss"].InstanceLoss(**as_published(inputs), centroid_offset=3)
     return run_step(loss, _probabilities(inputs))
 
 
 def soft(inputs: Inputs) -> Options:
     """Probabilities as they are, of which sums are no whole numbers; all else default."""
     return {**_dimensions(inputs), "activation": "none"}
+
+
+def _ours_with_components(inputs: Inputs, setup: Setup) -> Function:
+    """The labels' components are given, as from a file."""
+    components, loss = connected_components(inputs.labels), InstanceLoss(**defaults(inputs))
+    return run_step(lambda outputs, labels: loss(outputs, labels, components), inputs)
+
+
+def _metrics(**options: Any) -> Callable[[Inputs, Setup], Function]:
+    """Forward alone: there is nothing to differentiate."""
+    return lambda inputs, setup: (
+        lambda: instance_metrics(inputs.outputs, inputs.labels, **_dimensions(inputs), **options)
+    )
+
+
+def read_any(result: Any) -> Answer:
+    """The terms and the gradient of a step, or the metrics."""
+    return read(result) if len(result) == 2 else list(result)
+
+
+def _metrics_by_cpu(**options: Any) -> Callable[[Inputs, Setup], Answer]:
+    return lambda inputs, setup: list(_metrics(**options)(_host(inputs), setup)())
 
 
 def _ours_soft(inputs: Inputs, setup: Setup) -> Function:
@@ -204,7 +227,7 @@ def terms_alone(inputs: Inputs, setup: Setup) -> Answer:
 def published_answer(inputs: Inputs, setup: Setup) -> Answer:
     """The answer of the published code; without it, or where it would take minutes, of our CPU backend."""
     too_large = inputs.outputs.numel() > PUBLISHED_VOXELS.get(setup.device.type, inputs.outputs.numel())
-    if setup.published is None or too_large:
+    if "instance_loss" not in setup.references or too_large:
         return read(_ours_as_published(_host(inputs), setup)())
     return read(_published(inputs, setup)())
 
@@ -297,9 +320,20 @@ def providers(
 
 REFERENCE = (
     *DICE,
-    Provider("published", _published, published_answer, ("published", "monai"), most_voxels=PUBLISHED_VOXELS),
+    Provider("published", _published, published_answer, ("instance_loss", "monai"), most_voxels=PUBLISHED_VOXELS),
     Provider("ours, as published", _ours_as_published, published_answer, ("monai",)),
     Provider("ours, MONAI criteria", _ours(with_monai), by_cpu(with_monai), ("monai",)),
+)
+
+SMALL = (
+    *DICE,
+    Provider("ours, MONAI criteria", _ours(with_monai), by_cpu(with_monai), ("monai",)),
+    Provider("ours, defaults", _ours(defaults), by_cpu(defaults)),
+    Provider("ours, components given", _ours_with_components, by_cpu(defaults)),
+    *(
+        Provider(f"instance_metrics, {way}", _metrics(matching=way), _metrics_by_cpu(matching=way))
+        for way in ("overlap", "iou")
+    ),
 )
 
 DETERMINISM = (
