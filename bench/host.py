@@ -20,7 +20,6 @@ os.environ.pop("TRITON_INTERPRET", None)
 
 import torch
 from monai.losses import DiceLoss
-from torch import Tensor
 from triton.runtime import driver
 
 import triton_instance_loss
@@ -33,9 +32,7 @@ from triton_instance_loss import (
     WeightedSum,
     connected_components,
     dispatch,
-    regions,
 )
-from triton_instance_loss.instances import Found, sorted_pairs
 from triton_instance_loss.metrics import instance_metrics
 
 from . import measure, run
@@ -71,13 +68,6 @@ def pretend() -> None:
     os.environ["TRITON_INTERPRET"] = "1"
     # What nobody has written cannot be looked at.
     triton_instance_loss.checks.room_for_labels = lambda most, room: None
-    regions.sorted_pairs = _no_pairs
-
-
-def _no_pairs(x: Tensor, found: Found) -> tuple[Tensor, int]:
-    """Pairs of rows as they are made, and then none: torch looks up what they name."""
-    keys, base = sorted_pairs(x, found)
-    return keys.zero_(), base
 
 
 def providers(side: int) -> dict[str, Callable[[], Any]]:

@@ -60,12 +60,13 @@ def _next(slot, slots):
 
 @triton.jit
 def insert_pair(pairs_ptr, out, lab, slots, THREADS: tl.constexpr):
-    """Put a pair of rows into the hash table of `slots`, unless it is there or the table is full.
+    """Put a pair of rows into the hash table of `slots`, unless it is there or the table is full; its slot.
 
     By all THREADS of the program, one lane each.
     """
     key, slot = _key_and_slot(out, lab, slots)
     empty = tl.zeros((THREADS,), tl.int64)
+    place = slot
     probes = 0
     while probes < slots:
         # One value for all threads, so that all of them go the same way, whatever others write meanwhile.
@@ -74,8 +75,10 @@ def insert_pair(pairs_ptr, out, lab, slots, THREADS: tl.constexpr):
             # All threads try to take the slot: Triton up to 3.4 can't assemble a scalar compare-and-swap of 64 bits.
             # If one of them did, the next ones found the key there.
             found = tl.max(tl.atomic_cas(pairs_ptr + slot + empty, empty, empty + key, sem="relaxed"), axis=0)
+        place = tl.where(found == key, slot, place)
         probes = tl.where(found == key, slots, probes + 1)
         slot = _next(slot, slots)
+    return place
 
 
 @triton.jit

@@ -146,6 +146,7 @@ def call_launchers(sides, capacity, rest):
         activation = SIGMOID if dtype == torch.bool else NONE
         case = (x, sites, counts, geometry, activation, quantity, no_tp, 64)
         *sums, pairs, touched = room["tables"].launch_sum_instances(*case)
+    room["claims"].launch_unclaimed(x, sites, counts, geometry, 64)
     per_row, health = torch.zeros((4, capacity), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
     owned, numbers = torch.zeros((4, capacity, 2), dtype=torch.int64), [0.0] * NUMBERS
     for given, *average in (

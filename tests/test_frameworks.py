@@ -191,6 +191,7 @@ def operator_arguments(device, backend):
         "evaluate": evaluate,
         "evaluate_backward": (*backward, ops.OF_LOGARITHM, False),
         "center_volumes": (geometry, counts, [5, 6, 7], [1, 2, 3]),
+        "unclaimed": (x, sites, counts, geometry, 128),
         "cells": (maps[3], [1.0, 1.0, 2.0]),
         "region_loss": region_loss,
         "region_loss_backward": (value, *regions[:3], *slopes, ops.SIGMOID, ops.BLOB),

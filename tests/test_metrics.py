@@ -311,7 +311,7 @@ def test_options_are_those_of_the_losses():
     parameters = inspect.signature(instance_metrics).parameters
     theirs = inspect.signature(Options).parameters
     shared = [name for name in parameters if name in theirs]
-    assert len(shared) == 9
+    assert len(shared) == 10
     assert all(parameters[name].default == theirs[name].default for name in shared)
 
 

@@ -176,7 +176,7 @@ WRONG = [
         "outputs must be finite, and labels 0 or 1, got NaN, infinity or an",
     ),
     ({"outputs": [0.0]}, TypeError, "outputs must be a torch.Tensor, got list"),
-    ({"spacing": (1, 1, 1)}, ValueError, "spacing must be 2 numbers above 0"),
+    ({"spacing": (1, 1, 1)}, ValueError, "spacing must be a positive number for each of 2 axes"),
     ({"matching": "dice"}, ValueError, "matching must be one of 'overlap', 'iou', 'dilated', got 'dice'"),
 ]
 

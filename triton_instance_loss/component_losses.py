@@ -9,7 +9,7 @@ from torch.nn.modules.loss import _Loss
 
 from . import checks, ops
 from .options import Options
-from .regions import Scene, unclaimed
+from .regions import Scene
 
 # The options of the family that these losses share.
 SHARED = (
@@ -440,4 +440,4 @@ class FalseComponentLoss(ComponentLoss):
 
     def evaluate(self, scene: Scene) -> Tensor:
         """The loss of a scene."""
-        return scene.loss(scene.instances(ops.OUTPUTS), ops.FALSE, chosen=unclaimed(scene))
+        return scene.loss(scene.instances(ops.OUTPUTS), ops.FALSE, chosen=scene.unclaimed())

@@ -27,6 +27,7 @@ ROOMS = {
     "evaluate": "evaluate",
     "evaluate_backward": "evaluate",
     "center_volumes": "centers",
+    "unclaimed": "claims",
     "cells": "cells",
     "region_loss": "regions",
     "region_loss_backward": "regions",

@@ -62,24 +62,6 @@ def find(
     return Found((where, which), counts, geometry, pixel_sums, health, 2 * bound)
 
 
-def sorted_pairs(x: Tensor, found: Found) -> tuple[Tensor, int]:
-    """(B, n) int64: one key for each voxel of both sides, ascending: row of the output * base + row of the label.
-
-    Keys of other voxels, which come first, are 0. Where shapes must not depend on data, there is one for each voxel.
-    """
-    batch, base = x.shape[0], found.geometry.shape[1] + 1
-    if rows_of_tables(x, 1) == 0:  # shapes may depend on data, and sites are lists of voxels
-        (voxels,), sides = found.sites
-        both = (sides > 0).all(dim=0)
-        sample, (out_rows, lab_rows) = voxels[both] // x[0].numel(), sides[:, both].long()
-        keys = torch.where(sample == torch.arange(batch)[:, None], out_rows * base + lab_rows, 0)
-        keys = torch.nn.functional.pad(keys, (1, 0))
-    else:
-        _, _, out_rows, lab_rows = (volume.flatten(1) for volume in ops.row_maps(x, list(found.sites)))
-        keys = torch.where((out_rows > 0) & (lab_rows > 0), out_rows.long() * base + lab_rows, 0)
-    return keys.sort(dim=1).values, base
-
-
 def instances_of_all(counts: Tensor, options: Options) -> Tensor | None:
     """Kept outputs and labels of each class in all processes, a share of each process: (2, classes) float64.
 

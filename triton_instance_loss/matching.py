@@ -11,7 +11,7 @@ from torch import Tensor
 from . import checks, ops, quantities
 from .activation import Given, check_and_widen, health_of, to_activate, to_compare, to_volume, unwrap, whole
 from .components import rows_of_tables
-from .instances import Found, find, sorted_pairs
+from .instances import Found, find
 from .options import Options
 
 Matching = Literal["overlap", "iou", "dilated"]
@@ -292,7 +292,18 @@ def majorities(sides: Sides) -> Majorities:
     x, found = sides.x, sides.found
     out_sizes, lab_sizes = found.geometry[:, :, ops.SIZE].chunk(2)
     batch, rows = out_sizes.shape
-    keys, base = sorted_pairs(x, found)
+    # One key for each pair of rows, in the order of outputs and then of labels; 0 where either has none.
+    base = rows + 1
+    if rows_of_tables(x, rows) == 0:  # shapes may depend on data, and sites are lists of voxels
+        (voxels,), sides_of_voxels = found.sites
+        both = (sides_of_voxels > 0).all(dim=0)
+        sample, (out_rows, lab_rows) = voxels[both] // x[0].numel(), sides_of_voxels[:, both].long()
+        keys = torch.where(sample == torch.arange(batch)[:, None], out_rows * base + lab_rows, 0)
+        keys = torch.nn.functional.pad(keys, (1, 0))
+    else:
+        _, _, out_rows, lab_rows = (volume.flatten(1) for volume in ops.row_maps(x, list(found.sites)))
+        keys = torch.where((out_rows > 0) & (lab_rows > 0), out_rows.long() * base + lab_rows, 0)
+    keys = keys.sort(dim=1).values
     # Where the keys of each output begin, and those of the next one.
     begins = torch.searchsorted(keys, (base * torch.arange(1, rows + 2, device=x.device)).repeat(batch, 1))
     middle = (begins[:, :-1] + begins[:, 1:]) // 2

@@ -133,6 +133,10 @@ _SCHEMAS = {
     # centre boxes of kept outputs and labels -> owner (B, D, H, W) int32 = largest output row whose box covers the
     # voxel, 0 = none; covered (B, D, H, W) bool = inside a label box
     "center_volumes": "(Tensor geometry, Tensor counts, int[3] shape, int[3] offsets) -> (Tensor, Tensor)",
+    # of what `find` found, with a row for each output, and room for so many pairs (output, label) that touch
+    # -> (B, capacity) bool: outputs that no label claims; False in rows that are not used. A label claims, of the
+    #    outputs that touch it, that with the largest Dice 2 |O and L| / (|O| + |L|), of equals the first
+    "unclaimed": "(Tensor x, Tensor[] sites, Tensor counts, Tensor geometry, int pairs) -> Tensor",
     # row map, spacing along D, H, W (of an image the first does not matter) -> the row of the nearest voxel that has
     # one, int32, by exact Euclidean distance, of equally near ones the largest; 0 where a sample has none. Rows below 0
     # count as 0, and are answered like all others
@@ -282,6 +286,10 @@ def _fake_center_volumes(
     return geometry.new_empty(volume, dtype=torch.int32), geometry.new_empty(volume, dtype=torch.bool)
 
 
+def _fake_unclaimed(x: Tensor, sites: list[Tensor], counts: Tensor, geometry: Tensor, pairs: int) -> Tensor:
+    return geometry.new_empty((x.shape[0], geometry.shape[1]), dtype=torch.bool)
+
+
 def _fake_cells(rows: Tensor, spacing: list[float]) -> Tensor:
     return rows.new_empty(rows.shape)
 
@@ -356,6 +364,7 @@ sum_instances = operator("sum_instances")
 evaluate = operator("evaluate")
 evaluate_backward = operator("evaluate_backward")
 center_volumes = operator("center_volumes")
+unclaimed = operator("unclaimed")
 cells = operator("cells")
 region_loss = operator("region_loss")
 region_loss_backward = operator("region_loss_backward")

@@ -13,7 +13,7 @@ from torch import Tensor
 from . import checks, ops, quantities
 from .activation import carrier_of, check_and_widen, health_of, to_activate, to_compare, to_volume
 from .components import capacity_bound, rows_of_tables
-from .instances import Found, find, sorted_pairs
+from .instances import Found, find
 from .options import Options, of_volume
 from .terms import OnceDifferentiable, apply
 
@@ -84,6 +84,11 @@ class Scene:
             self._cells[key] = Regions(self._but_ignored(rows), instances.counts, instances.capacity)
         return self._cells[key]
 
+    def unclaimed(self) -> Tensor:
+        """(B, rows) bool: outputs that no label claims."""
+        found = self.found()
+        return ops.unclaimed(self.x.detach(), list(found.sites), found.counts, found.geometry, found.pairs)
+
     def loss(
         self, regions: Regions, kind: int, numbers: tuple[float, ...] = (), chosen: Tensor | None = None
     ) -> Tensor:
@@ -113,31 +118,6 @@ class Scene:
         if ignored is None:
             return rows
         return rows.masked_fill(to_volume(ignored.expand(-1, len(self.options.classes), *ignored.shape[2:])), -1)
-
-
-def unclaimed(scene: Scene) -> Tensor:
-    """(B, rows) bool: outputs that no label claims.
-
-    A label claims the output with the largest Dice among those that touch it, of equals the first. All of it follows
-    from one sorted list of voxels in both, whose length is known without looking.
-    """
-    found = scene.found()
-    out_sizes, lab_sizes = found.geometry[:, :, ops.SIZE].chunk(2)
-    batch, rows = out_sizes.shape
-    keys, base = sorted_pairs(scene.x.detach(), found)
-    # A pair of rows is a run of equal keys, as long as there are voxels in both.
-    begins = torch.nn.functional.pad(keys[:, 1:] != keys[:, :-1], (1, 0), value=True)
-    pair = begins & (keys > 0)
-    shared = torch.searchsorted(keys, keys, right=True) - torch.arange(keys.shape[1], device=keys.device)
-    out, lab = torch.where(pair, keys // base, 1) - 1, torch.where(pair, keys % base, 1) - 1
-    dice = shared.double() / (out_sizes.gather(1, out) + lab_sizes.gather(1, lab))
-    dice = torch.where(pair, dice, 0.0)
-    largest = dice.new_zeros((batch, rows)).scatter_reduce(1, lab, dice, "amax")
-    best = pair & (dice == largest.gather(1, lab))
-    # Row `rows` stands for no output.
-    claims = out.new_full((batch, rows), rows).scatter_reduce(1, lab, torch.where(best, out, rows), "amin")
-    claimed = torch.zeros((batch, rows + 1), dtype=torch.bool, device=out.device).scatter(1, claims, True)
-    return ops.first_rows(found.counts[ops.OUTPUTS], rows) & ~claimed[:, :rows]
 
 
 class RegionLoss(torch.autograd.Function):

@@ -12,7 +12,7 @@ from kernel_cases import assert_same, used
 from machine import MACHINE
 from tolerance import tolerance
 
-from triton_instance_loss import InstanceLoss, connected_components, ops, quantities
+from triton_instance_loss import FalseComponentLoss, InstanceLoss, connected_components, ops, quantities
 from triton_instance_loss.metrics import instance_metrics
 
 
@@ -191,7 +191,25 @@ def check_regions(seed):
         assert_close("gradient", gradient, true_gradient, tolerance(x.dtype) * max(1e-6, largest(true_gradient)))
 
 
-CHECKS = (check_labelling, check_loss, check_pairs, check_regions)
+def check_claims(seed):
+    """The loss of outputs that no label claims, where many touch several labels, and its gradient."""
+    draw, g = random.Random(seed), torch.Generator().manual_seed(seed)
+    labels = draw_mask(draw)[1][:, None].float()
+    x = torch.randn(labels.shape, generator=g) + draw.choice([-2.0, -0.7, 0.0]) + draw.choice([0.0, 3.0]) * labels
+    given = torch.randint(0, 7, labels.shape, generator=g) if draw.random() < 0.4 else None
+
+    def step():
+        leaf = x.clone().requires_grad_()
+        value = FalseComponentLoss()(leaf, labels, given)
+        value.backward()
+        return value.detach(), leaf.grad
+
+    (value, gradient), (true_value, true_gradient) = on_both(step)
+    assert_close("value", value, true_value, tolerance(x.dtype))
+    assert_close("gradient", gradient, true_gradient, tolerance(x.dtype) * max(1e-6, largest(true_gradient)))
+
+
+CHECKS = (check_labelling, check_loss, check_pairs, check_regions, check_claims)
 
 
 def check(which, seed, mode="order", arch=90):

@@ -1,11 +1,11 @@
-"""Labelling, pairs, regions, whole losses and metrics, by the code that a GPU would get, against the CPU backend."""
+"""Labelling, pairs, regions, claims, losses and metrics, by the code that a GPU would get, against the CPU backend."""
 
 import pytest
-from checks import check, check_labelling, check_loss, check_pairs, check_regions
+from checks import check, check_claims, check_labelling, check_loss, check_pairs, check_regions
 from machine import MODES
 
-COUNTS = {check_labelling: 40, check_pairs: 30, check_regions: 40, check_loss: 45}
-SMALL_COUNTS = {check_labelling: 8, check_pairs: 6, check_regions: 8, check_loss: 8}
+COUNTS = {check_labelling: 40, check_pairs: 30, check_regions: 40, check_claims: 20, check_loss: 45}
+SMALL_COUNTS = {check_labelling: 8, check_pairs: 6, check_regions: 8, check_claims: 4, check_loss: 8}
 
 
 def seeds(counts):

@@ -4,7 +4,7 @@ import itertools
 import re
 
 import pytest
-from checks import check, check_labelling, check_loss, check_pairs
+from checks import check, check_claims, check_labelling, check_loss, check_pairs, check_regions
 from machine import MACHINE, MODES
 from ptx import PtxError
 
@@ -45,6 +45,18 @@ SPOILT = {
         Spoil(r"@!?%p\d+ (ld\.global)", r"\1"),
         PtxError,
         "outside of all arguments",
+    ),
+    "a sum over a region is stored, not added": (
+        check_regions,
+        Spoil(r"red\.global\.gpu\.relaxed\.add\.f64", "st.global.b64"),
+        AssertionError,
+        "off by",
+    ),
+    "the last claim counts, not the best": (
+        check_claims,
+        Spoil(r"red\.global\.gpu\.relaxed\.max\.s64", "st.global.b64"),
+        AssertionError,
+        "off by",
     ),
     "a sum is stored, not added": (
         check_loss,
