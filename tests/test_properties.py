@@ -249,12 +249,14 @@ def check(case: Case, device: torch.device) -> None:
         warnings.simplefilter("ignore", UserWarning)  # that a criterion is evaluated volume by volume
         terms = InstanceLoss(**case.options)(x, case.labels.to(device), ids)
 
-    # A sum over instances and a square: errors grow with what is summed, before the two sums are subtracted.
+    # A sum over instances and a square: errors grow with what is summed, before the two sums are subtracted. That of a
+    # gradient of an instance, relative to 1 as everywhere, is multiplied by what is squared.
     masses = [(sample.label_sum.abs() + sample.output_sum.abs()).item() for sample in samples]
     scales = dict.fromkeys(TERMS, 1.0) | {"proximity": max(mass**2 for mass in masses)}
     gradient_scales = dict.fromkeys(TERMS, 1.0) | {
         "proximity": max(
-            mass * (gradient_of(sample.label_sum, truth_x).abs() + gradient_of(sample.output_sum, truth_x).abs()).max()
+            mass
+            * max(1.0, sum(gradient_of(side, truth_x).abs() for side in (sample.label_sum, sample.output_sum)).max())
             for mass, sample in zip(masses, samples, strict=True)
         )
     }
