@@ -35,7 +35,7 @@ if not torch.cuda.is_available():
 from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from triton_instance_loss import InstanceLoss, checks, dispatch, functional
+from triton_instance_loss import InstanceLoss, checks, dispatch, regions
 from triton_instance_loss.cpu import evaluate as cpu_evaluate
 
 from . import measure, run
@@ -81,7 +81,7 @@ def _watched(begin: Begin) -> Iterator[None]:
         sums = [(cpu_evaluate, "sum_instances")]
         if dispatch._TRITON_IS_INSTALLED:
             sums.append((importlib.import_module("triton_instance_loss.kernels.evaluate"), "launch_sum_instances"))
-        for owner, attribute, name in ((functional, "find", "find"), *((*each, "sums") for each in sums)):
+        for owner, attribute, name in ((regions, "find", "find"), *((*each, "sums") for each in sums)):
             stack.enter_context(mock.patch.object(owner, attribute, announce(name, getattr(owner, attribute))))
         yield
 

@@ -1,6 +1,7 @@
 """What the benchmark itself promises: seeds, gates, rows, stages and pictures."""
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -204,8 +205,11 @@ def test_large_cases_must_be_named(capsys):
 
 
 def test_no_such_checkout(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"losses/InstanceLoss\.py"):
-        run.main(["--tiny", "--device", "cpu", "--reference", str(tmp_path)])
+    for name, file in (("instance_loss", "losses/InstanceLoss.py"), ("blob_loss", "blob_loss.py")):
+        with pytest.raises(FileNotFoundError, match=re.escape(file)):
+            run.main(["--tiny", "--device", "cpu", "--reference", f"{name}={tmp_path}"])
+    with pytest.raises(ValueError, match=r"--reference must be one of instance_loss=CHECKOUT, .*, got 'blob=here'"):
+        run.main(["--tiny", "--device", "cpu", "--reference", "blob=here"])
 
 
 # --- stages and pictures ----------------------------------------------------------------------------------------------

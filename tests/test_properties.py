@@ -253,12 +253,11 @@ def check(case: Case, device: torch.device) -> None:
     # gradient of an instance, relative to 1 as everywhere, is multiplied by what is squared.
     masses = [(sample.label_sum.abs() + sample.output_sum.abs()).item() for sample in samples]
     scales = dict.fromkeys(TERMS, 1.0) | {"proximity": max(mass**2 for mass in masses)}
+    sides = [
+        sum(gradient_of(side, truth_x).abs() for side in (sample.label_sum, sample.output_sum)) for sample in samples
+    ]
     gradient_scales = dict.fromkeys(TERMS, 1.0) | {
-        "proximity": max(
-            mass
-            * max(1.0, sum(gradient_of(side, truth_x).abs() for side in (sample.label_sum, sample.output_sum)).max())
-            for mass, sample in zip(masses, samples, strict=True)
-        )
+        "proximity": max(mass * max(1.0, side.max()) for mass, side in zip(masses, sides, strict=True))
     }
 
     assert terms._fields == TERMS
