@@ -120,7 +120,8 @@ def test_labels_once():
     assert counts == {"find_instances": 1, "region_loss": 1}
     # Other options are another scene, and so are other instances of the family.
     losses = {"blob": BlobLoss(spatial_dims=2), "other": FalseComponentLoss(spatial_dims=2, segmentation_threshold=0.3)}
-    assert operators_of(CombinedLoss(losses)) == {"find_instances": 1, "find": 1, "row_maps": 1, "region_loss": 2}
+    counts = {"find_instances": 1, "find": 1, "row_maps": 1, "unclaimed": 1, "region_loss": 2}
+    assert operators_of(CombinedLoss(losses)) == counts
     losses = {"false": FalseComponentLoss(spatial_dims=2), "family": family(spatial_dims=2, min_instance_size=2)}
     assert operators_of(CombinedLoss(losses))["find"] == 2
 
