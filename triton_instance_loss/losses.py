@@ -123,8 +123,9 @@ class Family(_Loss):
         scene: Scene | None = None,
     ) -> dict[str, Tensor]:
         """Only the terms `names`, by name, in the order of the terms; `scene` as in `evaluate_sum`."""
-        inputs = outputs, labels, cc_label_batch, ignore_mask
-        return evaluate_terms(*inputs, self.options, names, **self._criteria(), scene=scene)
+        return evaluate_terms(
+            outputs, labels, cc_label_batch, ignore_mask, self.options, names, scene=scene, **self._criteria()
+        )
 
     def evaluate_sum(
         self,
@@ -139,8 +140,9 @@ class Family(_Loss):
 
         `scene` is what was made of the tensors, if other losses look at them too.
         """
-        inputs = outputs, labels, cc_label_batch, ignore_mask
-        return evaluate_sum(*inputs, self.options, weights, **self._criteria(), scene=scene)
+        return evaluate_sum(
+            outputs, labels, cc_label_batch, ignore_mask, self.options, weights, scene=scene, **self._criteria()
+        )
 
     def _criteria(self) -> dict[str, Criterion | None]:
         return {

@@ -87,7 +87,9 @@ class Scene:
     def unclaimed(self) -> Tensor:
         """(B, rows) bool: outputs that no label claims."""
         found = self.found()
-        return ops.unclaimed(self.x.detach(), list(found.sites), found.counts, found.geometry, found.pairs)
+        tables = list(found.sites), found.counts, found.geometry
+        result: Tensor = ops.unclaimed(self.x.detach(), *tables, found.pairs)
+        return result
 
     def loss(
         self, regions: Regions, kind: int, numbers: tuple[float, ...] = (), chosen: Tensor | None = None
