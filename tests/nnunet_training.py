@@ -16,20 +16,20 @@ import numpy as np
 import pytest
 import torch
 
-TRAINERS = [
-    "nnUNetTrainerInstanceLoss",
-    "nnUNetTrainerInstanceLossAllLevels",
-    "nnUNetTrainerInstanceCenterLoss",
-    "nnUNetTrainerInstanceCenterLossAllLevels",
-]
+LOSSES = ("InstanceLoss", "InstanceCenterLoss", "BlobLoss", "CCLoss", "BiCCLoss")
+TRAINERS = [f"nnUNetTrainer{loss}{levels}" for loss in LOSSES for levels in ("", "AllLevels")]
+MIXED = "nnUNetTrainerMixedShort"
 TERMS = ["instance_label", "instance_output", "center", "false_instances", "missed_instances"]
 DATASET = "Dataset901_Drawn"
 CASES, SIZE = 5, 32
+AFFINE = np.diag([1.0, 2.0, 3.0, 1.0])
 LABELS = {"labels": {"background": 0, "lesion": 1, "cyst": 2}}
 REGIONS = {"labels": {"background": 0, "whole": [1, 2], "core": 2, "ignore": 3}, "regions_class_order": [1, 2]}
 SHORT_TRAINERS = """
 import torch
-from triton_instance_loss.nnunet.trainer import {bases}
+from nnunetv2.training.nnUNetTrainer.variants.data_augmentation.nnUNetTrainerDA5 import nnUNetTrainerDA5
+from triton_instance_loss import ComponentTverskyLoss
+from triton_instance_loss.nnunet.trainer import {bases}, WithInstanceLoss
 
 
 class Short:
@@ -40,6 +40,12 @@ class Short:
         self.num_epochs = 2
         self.num_iterations_per_epoch = 2
         self.num_val_iterations_per_epoch = 1
+
+
+class {mixed}(Short, WithInstanceLoss, nnUNetTrainerDA5):
+    instance_loss = ComponentTverskyLoss
+    instance_options = {{"beta": 0.8}}
+    instance_weight = 0.25
 """
 
 
@@ -62,8 +68,8 @@ def draw_dataset(folder, dataset):
         (folder / name).mkdir(parents=True)
     for case in range(CASES):
         image, labels = drawn_case(generator, "ignore" in dataset["labels"])
-        nibabel.save(nibabel.Nifti1Image(image, np.eye(4)), folder / "imagesTr" / f"case_{case}_0000.nii.gz")
-        nibabel.save(nibabel.Nifti1Image(labels, np.eye(4)), folder / "labelsTr" / f"case_{case}.nii.gz")
+        nibabel.save(nibabel.Nifti1Image(image, AFFINE), folder / "imagesTr" / f"case_{case}_0000.nii.gz")
+        nibabel.save(nibabel.Nifti1Image(labels, AFFINE), folder / "labelsTr" / f"case_{case}.nii.gz")
     description = {"channel_names": {"0": "MRI"}, "numTraining": CASES, "file_ending": ".nii.gz", **dataset}
     (folder / "dataset.json").write_text(json.dumps(description))
 
@@ -97,7 +103,7 @@ def nnunet(request, tmp_path_factory):
     configuration, dataset, name = request.param
     folder = tmp_path_factory.mktemp("nnunet")
     (folder / "trainers").mkdir()
-    source = SHORT_TRAINERS.format(bases=", ".join(TRAINERS))
+    source = SHORT_TRAINERS.format(bases=", ".join(TRAINERS), mixed=MIXED)
     source += "".join(f"\n\nclass {name}Short(Short, {name}):\n    pass\n" for name in TRAINERS)
     (folder / "trainers" / "short_trainers_of_the_test.py").write_text(source)
     printed = run("python", "-m", "triton_instance_loss.nnunet").strip()
@@ -121,21 +127,61 @@ def nnunet(request, tmp_path_factory):
         yield folder / "results", configuration, name
 
 
-def test_trains_from_the_command_line(nnunet):
-    results, configuration, name = nnunet
-    run("nnUNetv2_train", DATASET, configuration, "0", "-tr", f"{name}Short", "-device", "cpu")
-    fold = results / DATASET / f"{name}Short__nnUNetPlans__{configuration}" / "fold_0"
-    log = next(fold.glob("training_log_*.txt")).read_text()
-    terms = TERMS if "Center" in name else [*TERMS, "proximity"]
+def logged(results, configuration, name):
+    """Train two epochs from the command line: the folder of the fold, and its log."""
+    run("nnUNetv2_train", DATASET, configuration, "0", "-tr", name, "-device", "cpu")
+    fold = results / DATASET / f"{name}__nnUNetPlans__{configuration}" / "fold_0"
+    assert (fold / "checkpoint_final.pth").exists()
+    assert json.loads((fold / "validation" / "summary.json").read_text())["foreground_mean"]
+    return next(fold.glob("training_log_*.txt")).read_text().splitlines()
+
+
+def assert_logged(log, terms, factors):
+    """Each term, in each epoch, and the factor of the epochs."""
     for steps in ("train_terms", "val_terms"):
-        lines = [line for line in log.splitlines() if steps in line]
+        lines = [line for line in log if steps in line]
         assert len(lines) == 2
         for line in lines:
             assert all(f"'{term}': " in line for term in terms)
             assert "nan" not in line
-    assert [line.split()[-1] for line in log.splitlines() if "Factor" in line] == ["0.0000", "0.5000"]
-    assert (fold / "checkpoint_final.pth").exists()
-    assert json.loads((fold / "validation" / "summary.json").read_text())["foreground_mean"]
+    assert [line.split()[-1] for line in log if "Factor" in line] == factors
+
+
+def test_trains_from_the_command_line(nnunet):
+    results, configuration, name = nnunet
+    terms = TERMS if "Center" in name else [*TERMS, "proximity"]
+    assert_logged(logged(results, configuration, f"{name}Short"), terms, ["0.0000", "0.5000"])
+
+
+@pytest.mark.parametrize(
+    ("wanted", "name", "term", "factor"),
+    [
+        ("2d", "nnUNetTrainerBlobLossShort", "BlobLoss", "0.2500"),
+        ("3d_fullres", "nnUNetTrainerCCLossAllLevelsShort", "CCLoss", "0.5000"),
+        ("2d", "nnUNetTrainerBiCCLossAllLevelsShort", "CCLoss", "0.5000"),
+        ("3d_fullres", MIXED, "ComponentTverskyLoss", "0.1250"),
+    ],
+)
+def test_trains_with_losses_of_components(nnunet, wanted, name, term, factor):
+    results, configuration, _ = nnunet
+    if configuration != wanted:
+        pytest.skip(f"it is tried in {wanted}")
+    assert_logged(logged(results, configuration, name), [term], ["0.0000", factor])
+
+
+def test_spacing_is_that_of_the_plans(nnunet):
+    """Of each level its own; labels were drawn in voxels of 1 x 2 x 3 mm."""
+    from nnunetv2.run.run_training import get_trainer_from_args
+
+    trainer = get_trainer_from_args(DATASET, nnunet[1], 0, "nnUNetTrainerCCLossAllLevels", device=torch.device("cpu"))
+    trainer.initialize()
+    full, scales = trainer.configuration_manager.spacing, trainer._get_deep_supervision_scales()
+    assert len(set(full)) > 1
+    losses = [trainer.loss.instance, *trainer.loss.coarser]
+    assert [loss.loss.spacing for loss in losses] == [
+        tuple(step / scale for step, scale in zip(full, of_level, strict=True)) for of_level in scales
+    ]
+    assert trainer.loss.level_weights == pytest.approx(trainer.loss.own.weight_factors)
 
 
 def test_every_trainer_is_found(nnunet):

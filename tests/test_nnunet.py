@@ -8,7 +8,14 @@ import pytest
 import torch
 from tolerance import assert_close
 
-from triton_instance_loss import InstanceCenterLoss, InstanceLoss
+from triton_instance_loss import (
+    BlobLoss,
+    CCLoss,
+    ComponentTverskyLoss,
+    FalseComponentLoss,
+    InstanceCenterLoss,
+    InstanceLoss,
+)
 from triton_instance_loss.nnunet.loss import OneAgainstTheRest, WithInstanceTerms
 
 TERMS = ("instance_label", "instance_output", "center", "false_instances", "missed_instances", "proximity")
@@ -41,6 +48,34 @@ def loss_of(spatial_dims, channels, *, regions, ignore=False, family=InstanceLos
     return OneAgainstTheRest(
         family, spatial_dims=spatial_dims, num_channels=channels, regions=regions, ignore_label=ignore_label, **options
     )
+
+
+COMPONENT_LOSSES = [(BlobLoss, {}), (CCLoss, {"alpha": 0.5}), (ComponentTverskyLoss, {}), (FalseComponentLoss, {})]
+
+
+@pytest.mark.parametrize(("loss", "options"), COMPONENT_LOSSES)
+@pytest.mark.parametrize("regions", [False, True])
+def test_component_losses_of_each_class(loss, options, regions):
+    """Of regions the loss of each channel; of labels that of the logit of a class against the rest."""
+    outputs, target = batch(2, 3, regions=regions, ignore=True)
+    ignored = target[:, -1:] if regions else target == IGNORE
+    instance = OneAgainstTheRest(loss, spatial_dims=2, num_channels=3, regions=regions, ignore_label=IGNORE, **options)
+    value = instance(outputs, target)
+    assert instance.terms == {loss.__name__: value}
+    classes = (0, 1, 2) if regions else (1, 2)
+    expected = torch.zeros(())
+    for number in classes:
+        others = [channel for channel in range(3) if channel != number]
+        logits = outputs[:, [number]]
+        if not regions:
+            logits = logits - outputs[:, others].logsumexp(dim=1, keepdim=True)
+        labels = target[:, [number]] if regions else target == number
+        of_class = loss(spatial_dims=2, **options)(logits, labels, ignore_mask=ignored)
+        expected = expected + of_class / len(classes)
+    assert_close(value, expected, torch.float32, scale=expected.detach())
+    gradient, truth = gradient_of(value, outputs), gradient_of(expected, outputs)
+    assert_close(gradient, truth, torch.float32, scale=truth.abs().max())
+    assert (gradient[ignored.expand_as(outputs)] == 0).all()
 
 
 def gradient_of(value, outputs):
@@ -231,6 +266,20 @@ def test_deep_supervision_on_every_level():
         WithInstanceTerms(own, instance, (0.5, 0.5))(outputs, targets)
 
 
+def test_levels_with_voxels_of_their_own():
+    outputs, targets = levels()
+    of_levels = [
+        OneAgainstTheRest(CCLoss, spatial_dims=3, num_channels=3, regions=False, spacing=spacing)
+        for spacing in ((3.0, 1.0, 1.0), (3.0, 2.0, 2.0), (3.0, 4.0, 4.0))
+    ]
+    loss = WithInstanceTerms(own, of_levels[0], (0.5, 0.3, 0.2), of_levels[1:])
+    expected = [each(*level) for each, *level in zip(of_levels, outputs, targets, strict=True)]
+    assert_close(loss(outputs, targets), 0.5 * expected[0] + 0.3 * expected[1] + 0.2 * expected[2], torch.float32, 9)
+    assert loss.instance.terms == {"CCLoss": expected[0]}
+    with pytest.raises(ValueError, match="coarser must have a loss for each level but the first, 2 of them, got 1"):
+        WithInstanceTerms(own, of_levels[0], (0.5, 0.3, 0.2), of_levels[1:2])
+
+
 def test_factor_multiplies_the_instance_terms():
     outputs, target = batch(3, 2, regions=True)
     instance = loss_of(3, 2, regions=True)
@@ -247,6 +296,10 @@ def test_errors():
         loss_of(3, 2, regions=True, weights={"centre": 1.0})
     with pytest.raises(ValueError, match="spatial_dims must be 2 or 3"):
         loss_of(4, 2, regions=True)
+    with pytest.raises(ValueError, match="weights must be None with BlobLoss, which has no terms"):
+        loss_of(3, 2, regions=True, family=BlobLoss, weights={"center": 1.0})
+    with pytest.raises(TypeError, match="loss must be a class of losses, such as InstanceLoss or BlobLoss, got "):
+        loss_of(3, 2, regions=True, family=InstanceLoss())
     outputs, target = batch(3, 3, regions=True)
     message = (
         r"must have shapes \(B, 3, \*spatial\) and \(B, 4, \*spatial\), got \(2, 3, 7, 9, 8\) and \(2, 3, 7, 9, 8\)"

@@ -1,4 +1,4 @@
-"""The instance terms as nnU-Net calls a loss: classes or regions, an ignore label, levels of deep supervision."""
+"""Losses of instances as nnU-Net calls a loss: classes or regions, an ignore label, levels of deep supervision."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,11 +9,12 @@ from torch.nn.modules.loss import _Loss
 
 from .. import checks
 from ..activation import against_the_rest, class_masks, equals, unwrap, widen
-from ..losses import InstanceCenterLoss, InstanceLoss, WeightedSum
+from ..component_losses import ComponentLoss
+from ..losses import Family, WeightedSum
 
 
 class OneAgainstTheRest(_Loss):
-    """The weighted instance terms of each class, or region, against all others: their mean over the classes.
+    """A loss of instances of each class, or region, against all others: its mean over the classes.
 
     In labels mode the logit of class c is `x_c - logsumexp(x_k, k != c)`, whose sigmoid is the softmax of c: a voxel is
     foreground where the probability of c is at least 1/2, whatever the number of classes. In regions mode it is `x_c`.
@@ -26,27 +27,34 @@ class OneAgainstTheRest(_Loss):
 
     It returns a 0-d tensor in float32, or float64 if `outputs` is.
 
+    Attributes:
+        terms: the detached terms of the last call by name, of which those of weight 0 are not computed; of a loss
+            without terms its value, under the name of its class. Empty before the first call.
+
     Args:
-        family: `InstanceLoss` or `InstanceCenterLoss`. Its false and missed instances are taken as rates.
+        loss: a class: `BlobLoss`, `CCLoss`, `ComponentTverskyLoss` or `FalseComponentLoss`, whose value is taken, or
+            `InstanceLoss` or `InstanceCenterLoss`, whose terms are added up, false and missed instances as rates.
         spatial_dims: 2 or 3.
         num_channels: channels C of `outputs`; in labels mode that of the background is one of them.
         regions: True for regions mode, False for labels mode.
         ignore_label: the label of voxels to be ignored, None if there is none; in regions mode any label will do.
-        weights: the weight of each instance term by name; terms left out keep the default of `WeightedSum`, and the
-            pixel term, which nnU-Net's own loss is there for, has none.
-        **options: further options of `family`.
+        weights: of `InstanceLoss` and `InstanceCenterLoss`, the weight of each instance term by name; terms left out
+            keep the default of `WeightedSum`, and the pixel term, which nnU-Net's own loss is there for, has none.
+        **options: further arguments of `loss`.
 
     Raises:
         TypeError: An argument or weight of the wrong type.
-        ValueError: No class besides the background; an option, or the name of a weight, that is not allowed; shapes
-            that do not fit.
+        ValueError: No class besides the background; an option, or the name of a weight, that is not allowed; weights
+            of a loss that has no terms; shapes that do not fit.
 
     Note:
         A voxel to be ignored is neither output nor label, and its gradient is 0; components are those of what is left.
-        A class that a sample has neither in its outputs nor in its target has no gradient there, as in `InstanceLoss`.
+        A class that a sample has neither in its outputs nor in its target has no gradient of `InstanceLoss` there;
+        other losses have the gradient that they have in an empty sample.
 
     Example:
         >>> import torch
+        >>> from triton_instance_loss import InstanceLoss
         >>> loss = OneAgainstTheRest(InstanceLoss, spatial_dims=2, num_channels=3, regions=False)
         >>> outputs = torch.randn(1, 3, 16, 16, requires_grad=True)
         >>> loss(outputs, torch.randint(0, 3, (1, 1, 16, 16), dtype=torch.int16)).backward()
@@ -56,7 +64,7 @@ class OneAgainstTheRest(_Loss):
 
     def __init__(
         self,
-        family: type[InstanceLoss] | type[InstanceCenterLoss],
+        loss: type[Family] | type[ComponentLoss],
         *,
         spatial_dims: int,
         num_channels: int,
@@ -71,24 +79,24 @@ class OneAgainstTheRest(_Loss):
         self.ignore_label = None if ignore_label is None else checks.integer("ignore_label", ignore_label, 0)
         if not isinstance(weights, Mapping | None):
             raise TypeError(f"weights must be a mapping from the names of terms to numbers, or None, got {weights!r}.")
+        if not (isinstance(loss, type) and issubclass(loss, (Family, ComponentLoss))):
+            raise TypeError(f"loss must be a class of losses, such as InstanceLoss or BlobLoss, got {loss!r}.")
+        terms = loss.terms._fields[1:] if issubclass(loss, Family) else ()
+        if weights and not terms:
+            raise ValueError(f"weights must be None with {loss.__name__}, which has no terms, got {dict(weights)!r}.")
         for name in weights or {}:
-            checks.choice("the name of a weight", name, family.terms._fields[1:])
+            checks.choice("the name of a weight", name, terms)
         classes = num_channels if regions else num_channels - 1
         if classes < 1:
             raise ValueError(f"num_channels must leave a class besides the background, got {num_channels!r}.")
-        loss = family(
-            num_out_chn=classes,
-            object_chn=tuple(range(classes)),
-            spatial_dims=spatial_dims,
-            rate_instead_number=True,
-            **options,
-        )
-        self.loss = WeightedSum(loss, **{**(weights or {}), "pixel": 0.0})
-
-    @property
-    def terms(self) -> dict[str, Tensor]:
-        """The detached terms of the last call by name; those of weight 0 are not computed and not among them."""
-        return self.loss.terms
+        options |= {"num_out_chn": classes, "object_chn": tuple(range(classes)), "spatial_dims": spatial_dims}
+        self.loss: WeightedSum | ComponentLoss
+        if issubclass(loss, Family):
+            family = loss(rate_instead_number=True, **options)
+            self.loss = WeightedSum(family, **{**(weights or {}), "pixel": 0.0})
+        else:
+            self.loss = loss(**options)
+        self.terms: dict[str, Tensor] = {}
 
     def forward(self, outputs: Tensor, target: Tensor) -> Tensor:
         """The mean over the classes of a batch."""
@@ -104,6 +112,8 @@ class OneAgainstTheRest(_Loss):
             logits = torch.stack([against_the_rest(outputs, number) for number in classes], dim=1)
             labels = class_masks("target", target, classes, self.num_channels)
         value: Tensor = self.loss(logits, labels, ignore_mask=ignored)
+        is_sum = isinstance(self.loss, WeightedSum)
+        self.terms = self.loss.terms if is_sum else {type(self.loss).__name__: value.detach()}
         return value
 
     def _check(self, outputs: Tensor, target: Tensor) -> None:
@@ -118,40 +128,55 @@ class OneAgainstTheRest(_Loss):
 
 
 class WithInstanceTerms(_Loss):
-    """A loss of nnU-Net plus the instance terms: `own(output, target) + factor * instance`.
+    """A loss of nnU-Net plus a loss of instances: `own(output, target) + factor * instance(output, target)`.
 
     Called as `loss(output, target)` with tensors, or with deep supervision with lists of them, full resolution first.
     It returns a 0-d tensor.
 
     Args:
         own: nnU-Net's loss.
-        instance: the loss of one level; afterwards its `terms` are those of the full resolution.
+        instance: the loss of instances; afterwards its `terms` are those of the full resolution.
         level_weights: the weight of `instance` on each level, where one of weight 0 is not computed; None looks at the
             full resolution only.
+        coarser: the loss of instances on each of the other levels, where voxels have another size; left out, it is
+            `instance`.
 
     Attributes:
-        factor: what the instance terms are multiplied by, 1 if nobody changes it.
+        factor: what the loss of instances is multiplied by, 1 if nobody changes it.
 
-    Both may be changed between calls, with the same checks.
+    `factor` and `level_weights` may be changed between calls, with the same checks.
 
     Raises:
         TypeError: `factor` or one of `level_weights` is no number, or `level_weights` no sequence.
         ValueError: `factor` or one of `level_weights` is not finite; `level_weights` has none, or another number than
-            there are levels.
+            there are levels; `coarser` has not one for each level but the first.
 
     Example:
         >>> import torch
+        >>> from triton_instance_loss import InstanceLoss
         >>> instance = OneAgainstTheRest(InstanceLoss, spatial_dims=2, num_channels=1, regions=True)
         >>> loss = WithInstanceTerms(torch.nn.functional.binary_cross_entropy_with_logits, instance)
         >>> loss(torch.zeros(1, 1, 8, 8), torch.zeros(1, 1, 8, 8)).ndim
         0
     """
 
-    def __init__(self, own: Any, instance: OneAgainstTheRest, level_weights: Sequence[float] | None = None) -> None:
+    def __init__(
+        self,
+        own: Any,
+        instance: OneAgainstTheRest,
+        level_weights: Sequence[float] | None = None,
+        coarser: Sequence[OneAgainstTheRest] = (),
+    ) -> None:
         super().__init__()
         self.own = own
         self.instance = instance
         self.level_weights = level_weights
+        if coarser and len(coarser) != len(level_weights or ()) - 1:
+            raise ValueError(
+                f"coarser must have a loss for each level but the first, {len(level_weights or ()) - 1} of them, got "
+                f"{len(coarser)}."
+            )
+        self.coarser = torch.nn.ModuleList(coarser)
         self.factor = 1.0
 
     def forward(self, output: Tensor | Sequence[Tensor], target: Tensor | Sequence[Tensor]) -> Tensor:
@@ -163,9 +188,11 @@ class WithInstanceTerms(_Loss):
         else:
             levels = list(zip(self.level_weights, output, target, strict=True))
         total: Tensor = self.own(output, target)
-        for weight, *level in reversed(levels):  # the full resolution last: `instance.terms` are its terms
+        losses = [self.instance, *(self.coarser or [self.instance] * (len(levels) - 1))]
+        # The full resolution last: `instance.terms` are its terms.
+        for (weight, *level), loss in reversed(list(zip(levels, losses, strict=True))):
             if weight != 0.0:
-                total = total + self.factor * weight * self.instance(*level)
+                total = total + self.factor * weight * loss(*level)
         return total
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -1,4 +1,4 @@
-"""The trainers; this file needs nnU-Net. A trainer of yours may be a subclass with other class attributes."""
+"""The trainers; this file needs nnU-Net. `WithInstanceLoss` makes one of any trainer."""
 
 from typing import Any, ClassVar
 
@@ -6,31 +6,41 @@ import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import Tensor
 
-from ..losses import InstanceCenterLoss, InstanceLoss
+from ..component_losses import BlobLoss, CCLoss, ComponentLoss
+from ..losses import Family, InstanceCenterLoss, InstanceLoss
 from .loss import OneAgainstTheRest, WithInstanceTerms
 
 
-class nnUNetTrainerInstanceLoss(nnUNetTrainer):  # type: ignore[misc]
-    """nnU-Net's trainer with the terms of `InstanceLoss` added to its own loss, on the full-resolution output.
+class WithInstanceLoss(nnUNetTrainer):  # type: ignore[misc]
+    """A mixin: nnU-Net's trainer, or yours, with a loss of instances added to its own loss.
 
+    Written first, `class Mine(WithInstanceLoss, nnUNetTrainerDA5): ...`, it adds to the loss of the trainer behind it.
     The mean of each term over the steps of an epoch, those of weight 0 left out, goes to the training log and to
     loggers of experiments; with several GPUs it is that of the first.
 
     Attributes:
-        instance_family: `InstanceLoss` or `InstanceCenterLoss`.
-        instance_options: further options of it.
-        instance_ramp_epochs: the terms are multiplied by a factor that grows linearly from 0 in the first epoch to 1
-            after so many; with 0 it is 1 from the start.
-        instance_all_levels: look at every output of deep supervision, with the weights of nnU-Net's own loss.
+        instance_loss: the class of the loss: `InstanceLoss`, `InstanceCenterLoss`, `BlobLoss`, `CCLoss`,
+            `ComponentTverskyLoss` or `FalseComponentLoss`.
+        instance_options: further arguments of it.
+        instance_weight: what it is multiplied by, at least 0.
+        instance_ramp_epochs: that weight grows linearly from 0 in the first epoch to all of it after so many; with 0 it
+            is there from the start.
+        instance_all_levels: look at every output of deep supervision, with the weights of nnU-Net's own loss; False:
+            at the full resolution only.
+        instance_spacing: give the loss the size of a voxel in mm, from the plans, and at coarser levels the size of
+            theirs; False: voxels count as if they were cubes. `CCLoss`, `InstanceLoss` and `InstanceCenterLoss` have
+            such an argument.
         weight_instance_label, weight_instance_output, weight_center, weight_false_instances, weight_missed_instances,
-        weight_proximity: the weight of each term; false and missed instances are rates, and proximity, a square of
-            sums that can pass 1000 in the first epochs, has a small weight.
+        weight_proximity: the weight of each term of `InstanceLoss` and `InstanceCenterLoss`; false and missed instances
+            are rates, and proximity, a square of sums that can pass 1000 in the first epochs, has a small weight.
     """
 
-    instance_family: ClassVar[type[InstanceLoss] | type[InstanceCenterLoss]] = InstanceLoss
+    instance_loss: ClassVar[type[Family] | type[ComponentLoss]] = InstanceLoss
     instance_options: ClassVar[dict[str, Any]] = {}
+    instance_weight = 1.0
     instance_ramp_epochs = 50
     instance_all_levels = False
+    instance_spacing = False
     weight_instance_label = 0.5
     weight_instance_output = 0.5
     weight_center = 0.25
@@ -40,25 +50,38 @@ class nnUNetTrainerInstanceLoss(nnUNetTrainer):  # type: ignore[misc]
 
     def _build_loss(self) -> WithInstanceTerms:
         own = super()._build_loss()
-        names = [name for name in self.instance_family.terms._fields if name != "pixel"]
-        instance = OneAgainstTheRest(
-            self.instance_family,
+        if not (self.instance_all_levels and self.enable_deep_supervision):
+            return WithInstanceTerms(own, self._instance_loss_of([1.0] * len(self.configuration_manager.patch_size)))
+        full, *coarser = [self._instance_loss_of(scales) for scales in self._get_deep_supervision_scales()]
+        return WithInstanceTerms(own, full, own.weight_factors, coarser if self.instance_spacing else ())
+
+    def _instance_loss_of(self, scales: list[float]) -> OneAgainstTheRest:
+        """The loss of a level, which has so many voxels along each axis for one of the full resolution."""
+        options = dict(self.instance_options)
+        if self.instance_spacing:
+            full = self.configuration_manager.spacing
+            options["spacing"] = [step / scale for step, scale in zip(full, scales, strict=True)]
+        weights = None
+        if issubclass(self.instance_loss, Family):
+            names = [name for name in self.instance_loss.terms._fields if name != "pixel"]
+            weights = {name: getattr(self, f"weight_{name}") for name in names}
+        return OneAgainstTheRest(
+            self.instance_loss,
             spatial_dims=len(self.configuration_manager.patch_size),
             num_channels=self.label_manager.num_segmentation_heads,
             regions=self.label_manager.has_regions,
             ignore_label=self.label_manager.ignore_label,
-            weights={name: getattr(self, f"weight_{name}") for name in names},
-            **self.instance_options,
+            weights=weights,
+            **options,
         )
-        all_levels = self.instance_all_levels and self.enable_deep_supervision
-        return WithInstanceTerms(own, instance, own.weight_factors if all_levels else None)
 
     def on_train_epoch_start(self) -> None:
         """Set the factor of the epoch."""
         super().on_train_epoch_start()
-        self.loss.factor = 1.0
+        ramp = 1.0
         if self.current_epoch < self.instance_ramp_epochs:
-            self.loss.factor = self.current_epoch / self.instance_ramp_epochs
+            ramp = self.current_epoch / self.instance_ramp_epochs
+        self.loss.factor = self.instance_weight * ramp
         self.print_to_log_file(f"Factor of the instance terms: {self.loss.factor:.4f}")
         self._terms_of_steps: list[dict[str, Tensor]] = []
 
@@ -101,19 +124,61 @@ class nnUNetTrainerInstanceLoss(nnUNetTrainer):  # type: ignore[misc]
                 logger.log(f"{steps}_terms/{name}", mean, self.current_epoch)
 
 
-class nnUNetTrainerInstanceCenterLoss(nnUNetTrainerInstanceLoss):
-    """The same with the terms of `InstanceCenterLoss`: without proximity."""
+class nnUNetTrainerInstanceLoss(WithInstanceLoss):
+    """The terms of `InstanceLoss`, on the full-resolution output."""
 
-    instance_family = InstanceCenterLoss
+
+class nnUNetTrainerInstanceCenterLoss(WithInstanceLoss):
+    """The terms of `InstanceCenterLoss`: without proximity."""
+
+    instance_loss = InstanceCenterLoss
+
+
+class nnUNetTrainerBlobLoss(WithInstanceLoss):
+    """Blob loss, Dice and cross entropy, at half the weight of nnU-Net's own loss, as its authors weigh the two."""
+
+    instance_loss = BlobLoss
+    instance_weight = 0.5
+
+
+class nnUNetTrainerCCLoss(WithInstanceLoss):
+    """CC-DiceCE, in cells that are nearest in mm."""
+
+    instance_loss = CCLoss
+    instance_spacing = True
+
+
+class nnUNetTrainerBiCCLoss(nnUNetTrainerCCLoss):
+    """BiCC: CC-DiceCE in the cells of labels and in those of outputs."""
+
+    instance_options: ClassVar[dict[str, Any]] = {"alpha": 0.5}
 
 
 class nnUNetTrainerInstanceLossAllLevels(nnUNetTrainerInstanceLoss):
-    """The terms of `InstanceLoss` on every output of deep supervision."""
+    """The same on every output of deep supervision."""
 
     instance_all_levels = True
 
 
 class nnUNetTrainerInstanceCenterLossAllLevels(nnUNetTrainerInstanceCenterLoss):
-    """The terms of `InstanceCenterLoss` on every output of deep supervision."""
+    """The same on every output of deep supervision."""
+
+    instance_all_levels = True
+
+
+class nnUNetTrainerBlobLossAllLevels(nnUNetTrainerBlobLoss):
+    """The same on every output of deep supervision."""
+
+    instance_all_levels = True
+
+
+class nnUNetTrainerCCLossAllLevels(nnUNetTrainerCCLoss):
+    """The same on every output of deep supervision."""
+
+    instance_all_levels = True
+
+
+class nnUNetTrainerBiCCLossAllLevels(nnUNetTrainerBiCCLoss):
+    """The same on every output of deep supervision."""
 
     instance_all_levels = True

@@ -1,6 +1,12 @@
 """What nnU-Net finds in this folder. It imports each file here by its bare name, and forgets it afterwards."""
 
 from triton_instance_loss.nnunet.trainer import (
+    nnUNetTrainerBiCCLoss,
+    nnUNetTrainerBiCCLossAllLevels,
+    nnUNetTrainerBlobLoss,
+    nnUNetTrainerBlobLossAllLevels,
+    nnUNetTrainerCCLoss,
+    nnUNetTrainerCCLossAllLevels,
     nnUNetTrainerInstanceCenterLoss,
     nnUNetTrainerInstanceCenterLossAllLevels,
     nnUNetTrainerInstanceLoss,
@@ -8,6 +14,12 @@ from triton_instance_loss.nnunet.trainer import (
 )
 
 __all__ = [
+    "nnUNetTrainerBiCCLoss",
+    "nnUNetTrainerBiCCLossAllLevels",
+    "nnUNetTrainerBlobLoss",
+    "nnUNetTrainerBlobLossAllLevels",
+    "nnUNetTrainerCCLoss",
+    "nnUNetTrainerCCLossAllLevels",
     "nnUNetTrainerInstanceCenterLoss",
     "nnUNetTrainerInstanceCenterLossAllLevels",
     "nnUNetTrainerInstanceLoss",
