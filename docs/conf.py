@@ -1,12 +1,16 @@
-"""How `make docs` makes the API page from the docstrings."""
+"""How `make docs` makes the site: the pages as they lie here, and the API from docstrings."""
 
 import re
 from typing import Any
 
+import triton_instance_loss
+
 project = "triton_instance_loss"
-extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon"]
-root_doc = "api"
-include_patterns = ["api.rst"]  # the other pages are Markdown, to be read where they lie
+release = version = triton_instance_loss.__version__
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+html_theme = "furo"
+html_title = f"{project} {version}"
+myst_heading_anchors = 3  # links to headings, as GitHub makes them
 default_role = "code"  # `name`, as the docstrings write it
 napoleon_custom_sections = ["Source"]
 autodoc_typehints = "none"  # signatures hold them

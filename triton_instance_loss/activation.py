@@ -1,6 +1,8 @@
 """From the tensors of a call to volumes: checked, widened, one channel."""
 
+import contextlib
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import torch
@@ -54,6 +56,13 @@ def to_volume(value: Tensor) -> Tensor:
     """(B, classes, *spatial) -> contiguous (B * classes, D, H, W): each class of a sample is a sample."""
     value = value.flatten(0, 1)
     return (value.unsqueeze(1) if value.ndim == 3 else value).contiguous()
+
+
+def without_autocast(device: str) -> AbstractContextManager[None]:
+    """A context in which nothing is cast; where nothing would be, it costs nothing."""
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return contextlib.nullcontext()
 
 
 class Given(NamedTuple):

@@ -9,6 +9,7 @@ import functools
 import importlib
 import importlib.util
 import os
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -91,7 +92,7 @@ def operator(name: str) -> Any:
     registered = getattr(torch.ops.triton_instance_loss, name).default
 
     def call(*args: Any) -> Any:
-        if torch.compiler.is_compiling() or _is_overheard() or not all(map(_is_plain, args)):
+        if torch.compiler.is_compiling() or _is_overheard() or not _are_plain(args):
             return registered(*args)
         return answer(name, *args)
 
@@ -107,10 +108,12 @@ def _is_overheard() -> bool:
     )
 
 
-def _is_plain(arg: Any) -> bool:
-    """Whether an argument is a tensor with nothing around it, or none at all."""
-    if type(arg) is list:
-        return all(map(_is_plain, arg))
-    if not isinstance(arg, Tensor):
-        return True
-    return type(arg) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(arg)
+def _are_plain(args: Iterable[Any]) -> bool:
+    """Whether tensors among the arguments have nothing around them; transforms were looked for before."""
+    for arg in args:
+        kind = type(arg)
+        if kind is list and not _are_plain(arg):
+            return False
+        if kind is not Tensor and issubclass(kind, Tensor):
+            return False
+    return True

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from . import checks, ops, quantities, slow
-from .activation import Given, activated, background, health_of, probabilities
+from .activation import Given, activated, background, health_of, probabilities, without_autocast
 from .criteria import (
     DICE,
     DICE_FORM,
@@ -105,7 +105,7 @@ def _evaluate(
     given, x, truth, carrier = scene.given, scene.x, scene.truth, scene.carrier
     seen = _what_pixel_sees(pixel, pixel_form, given, names, options)
     slow_terms: dict[str, Tensor] = {}
-    with torch.autocast(given.outputs.device.type, enabled=False):
+    with without_autocast(given.outputs.device.type):
         looked_at = given.outputs if options.activation == "softmax" else x
         if "pixel" in names and seen == ops.NOT_FUSED:
             slow_terms["pixel"] = _pixel(x, carrier, truth, given, pixel, options) * health_of(looked_at, truth)

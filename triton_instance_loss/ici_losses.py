@@ -6,7 +6,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from .activation import activated, health_of, probabilities
+from .activation import activated, health_of, probabilities, without_autocast
 from .losses import Family
 from .options import Options
 from .regions import Scene
@@ -79,7 +79,7 @@ class _Published(Family):
 def _false_discovery_rate(scene: Scene, options: Options) -> Tensor:
     """1 - (sum of a y + smoother) / (sum of a + smoother), mean over samples."""
     x, carrier, y = scene.x, scene.carrier, scene.truth > 0.5
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device.type):
         p = x if options.activation == "softmax" else probabilities(x.detach(), options)
         a = activated(x, carrier, p >= options.threshold, y, options)
         wrong, predicted = (each.flatten(1).sum(1) for each in (a * ~y, a))

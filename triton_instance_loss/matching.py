@@ -9,7 +9,17 @@ import torch
 from torch import Tensor
 
 from . import checks, ops, quantities
-from .activation import Given, check_and_widen, health_of, to_activate, to_compare, to_volume, unwrap, whole
+from .activation import (
+    Given,
+    check_and_widen,
+    health_of,
+    to_activate,
+    to_compare,
+    to_volume,
+    unwrap,
+    whole,
+    without_autocast,
+)
 from .components import rows_of_tables
 from .instances import Found, find
 from .options import Options
@@ -126,7 +136,7 @@ def find_sides(
     suspicion = checks.logits(outputs, "sigmoid", given.ignored) if options.activation == "sigmoid" else None
     if suspicion is not None:
         raise ValueError(suspicion)
-    with torch.no_grad(), torch.autocast(given.outputs.device.type, enabled=False):
+    with torch.no_grad(), without_autocast(given.outputs.device.type):
         x, truth = _to_activate(given, options), to_compare(given, options)
         merged = _merged(truth, rules) if rules.dilated else None
         found = find(x, truth if merged is None else merged > 0, given.ids, _PIXEL, options)

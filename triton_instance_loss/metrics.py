@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import checks, ops
+from .activation import without_autocast
 from .matching import Matches, Matching, Rules, Sides, find_sides, majorities, match, rules, touching_pairs
 
 # Those of the 2018 Data Science Bowl.
@@ -179,7 +180,7 @@ def instance_metrics(
     )
     limits = asked.sizes("sizes", sizes)
     sides = find_sides(outputs, labels, cc_label_batch, cc_output_batch, ignore_mask, asked)
-    with torch.no_grad(), torch.autocast(sides.x.device.type, enabled=False):
+    with torch.no_grad(), without_autocast(sides.x.device.type):
         found = metrics_of_totals(*_totals(sides, match(sides, asked), limits))
         strata = (len(limits) + 1,) if limits else ()
         return InstanceMetrics(*(_of_classes(value, sides, asked, strata) for value in found))

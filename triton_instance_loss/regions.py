@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import checks, ops, quantities
-from .activation import carrier_of, check_and_widen, health_of, to_activate, to_compare, to_volume
+from .activation import carrier_of, check_and_widen, health_of, to_activate, to_compare, to_volume, without_autocast
 from .components import capacity_bound, rows_of_tables
 from .instances import Found, find
 from .options import Options, of_volume
@@ -42,7 +42,7 @@ class Scene:
         self.given = given = check_and_widen(outputs, labels, cc_label_batch, ignore_mask, options)
         if (suspicion := checks.logits(outputs, options.activation, given.ignored)) is not None:
             checks.warn_once(options, "logits", suspicion)
-        with torch.autocast(given.outputs.device.type, enabled=False):
+        with without_autocast(given.outputs.device.type):
             self.x, self.truth = to_activate(given, options), to_compare(given, options)
             self.carrier = carrier_of(self.x, given, options)
         self._found: Found | None = None
@@ -98,7 +98,7 @@ class Scene:
         activation = ops.SIGMOID if self.options.hard else ops.NONE
         classes = len(self.options.classes)
         how = activation, kind, numbers, classes, regions.capacity
-        with torch.autocast(self.x.device.type, enabled=False):
+        with without_autocast(self.x.device.type):
             value, *_ = apply(RegionLoss, self.carrier, self.truth, regions.rows, regions.counts, chosen, *how)
             if self.options.activation == "softmax":  # after which infinity does not show everywhere
                 value = value * health_of(self.given.outputs, self.truth)
