@@ -38,6 +38,7 @@ ARMS = {
     "family": "+ family",
     "log": "+ family, log",
     "published": "+ family, published gradients",
+    "dice_log": "Dice + family, log",
     "blob": "+ blob loss",
     "cc": "+ CC-DiceCE",
     "bicc": "+ BiCC",
@@ -51,7 +52,7 @@ RATE = 0.01  # the highest learning rate of the cycle
 
 
 def loss_of(arm: str, dims: int) -> Loss:
-    """The loss of an arm; all but the first three are added to Dice + CE."""
+    """The loss of an arm; "+" stands for what is added to Dice + CE."""
     # (Dice over the batch, as nnU-Net takes it: that of a patch without an object says next to nothing)
     plain: Loss | None = {
         "dice": DiceLoss(sigmoid=True, batch=True),
@@ -59,12 +60,12 @@ def loss_of(arm: str, dims: int) -> Loss:
     }.get(arm)
     if plain is not None:
         return lambda outputs, labels, instances: plain(outputs, labels)
-    base = DiceCELoss(sigmoid=True, batch=True)
+    base = DiceLoss(sigmoid=True, batch=True) if arm == "dice_log" else DiceCELoss(sigmoid=True, batch=True)
     if arm == "ce":
         return lambda outputs, labels, instances: base(outputs, labels)
-    if arm in ("family", "log", "published"):
+    if arm in ("family", "log", "published", "dice_log"):
         # As published, gradients are zero with logits; so that arm has probabilities.
-        gradients = {"family": "surrogate", "log": "log", "published": "reference"}[arm]
+        gradients = {"family": "surrogate", "published": "reference"}.get(arm, "log")
         activation = "none" if arm == "published" else "sigmoid"
         family = InstanceLoss(spatial_dims=dims, rate_instead_number=True, gradients=gradients, activation=activation)
         weight, added = 1.0, WeightedSum(family, pixel=0.0)
