@@ -44,6 +44,7 @@ ARMS = {
     "bicc": "+ BiCC",
     "cat": "+ CAT",
     "false": "+ false components",
+    "false_tenth": "+ false components, 0.1",
 }
 CHECKS = 5  # of a run by validation images
 MOST_TO_CHECK = 40
@@ -76,6 +77,7 @@ def loss_of(arm: str, dims: int) -> Loss:
             "bicc": (1.0, CCLoss(alpha=0.5, spatial_dims=dims)),
             "cat": (1.0, ComponentTverskyLoss(spatial_dims=dims)),
             "false": (1.0, FalseComponentLoss(spatial_dims=dims)),
+            "false_tenth": (0.1, FalseComponentLoss(spatial_dims=dims)),
         }[arm]
 
     def both(outputs: Tensor, labels: Tensor, instances: Tensor) -> Tensor:
