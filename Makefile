@@ -8,7 +8,7 @@
 #   make test-panoptica    compare the stored answers of panoptica with its own, in .venv-panoptica
 #   make test-stardist     the same of StarDist, in .venv-stardist
 #   make test-wheel     build a wheel from the commit or tag TAG, and run the whole test suite on it, in build/wheel
-#   make docs           the API page, build/docs/api.html
+#   make docs           the site of all pages, build/docs/index.html
 #
 # TORCH chooses the torch requirement, for example: make test TORCH=torch==2.6.0
 

@@ -40,7 +40,7 @@ def _finish_kernel(
     sample = tl.program_id(0).to(tl.int64)
     B = tl.num_programs(0)
     outputs, labels = tl.load(found_ptr + sample), tl.load(found_ptr + B + sample)
-    tl.device_assert(labels <= capacity, "labels have too many instances, see README, Limits")
+    tl.device_assert(labels <= capacity, "labels have too many instances, see docs/limits.md")
     kept = tl.minimum(outputs, max_kept) if max_kept > 0 else outputs
     # (a bare constant would be rounded to float32)
     most = labels.to(tl.float64) * tl.full([], TOO_MANY, tl.float64)

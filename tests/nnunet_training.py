@@ -7,6 +7,7 @@ twice: in 2D with labels, and in 3D with regions and an ignore label.
 import functools
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,8 @@ import torch
 
 LOSSES = ("InstanceLoss", "InstanceCenterLoss", "BlobLoss", "CCLoss", "BiCCLoss")
 TRAINERS = [f"nnUNetTrainer{loss}{levels}" for loss in LOSSES for levels in ("", "AllLevels")]
-MIXED = "nnUNetTrainerMixedShort"
+MIXED = "nnUNetTrainerMixedShort"  # of the trainer on the page
+PAGE = re.search(r"```python\n(.*?)```", (Path(__file__).parents[1] / "docs" / "nnunet.md").read_text(), re.S)[1]
 TERMS = ["instance_label", "instance_output", "center", "false_instances", "missed_instances"]
 DATASET = "Dataset901_Drawn"
 CASES, SIZE = 5, 32
@@ -27,9 +29,9 @@ LABELS = {"labels": {"background": 0, "lesion": 1, "cyst": 2}}
 REGIONS = {"labels": {"background": 0, "whole": [1, 2], "core": 2, "ignore": 3}, "regions_class_order": [1, 2]}
 SHORT_TRAINERS = """
 import torch
-from nnunetv2.training.nnUNetTrainer.variants.data_augmentation.nnUNetTrainerDA5 import nnUNetTrainerDA5
-from triton_instance_loss import ComponentTverskyLoss
-from triton_instance_loss.nnunet.trainer import {bases}, WithInstanceLoss
+from triton_instance_loss.nnunet.trainer import {bases}
+
+{page}
 
 
 class Short:
@@ -42,10 +44,8 @@ class Short:
         self.num_val_iterations_per_epoch = 1
 
 
-class {mixed}(Short, WithInstanceLoss, nnUNetTrainerDA5):
-    instance_loss = ComponentTverskyLoss
-    instance_options = {{"beta": 0.8}}
-    instance_weight = 0.25
+class {mixed}(Short, MyTrainer):
+    pass
 """
 
 
@@ -103,7 +103,7 @@ def nnunet(request, tmp_path_factory):
     configuration, dataset, name = request.param
     folder = tmp_path_factory.mktemp("nnunet")
     (folder / "trainers").mkdir()
-    source = SHORT_TRAINERS.format(bases=", ".join(TRAINERS), mixed=MIXED)
+    source = SHORT_TRAINERS.format(bases=", ".join(TRAINERS), mixed=MIXED, page=PAGE)
     source += "".join(f"\n\nclass {name}Short(Short, {name}):\n    pass\n" for name in TRAINERS)
     (folder / "trainers" / "short_trainers_of_the_test.py").write_text(source)
     printed = run("python", "-m", "triton_instance_loss.nnunet").strip()

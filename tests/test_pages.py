@@ -204,6 +204,33 @@ def test_the_losses_and_their_gradients():
         assert rows[name] == " | ".join([f"{each:.1f}" for each in sums[:3]] + [ratio]), name
 
 
+@pytest.mark.parametrize("name", ["terms.md"])
+def test_python_of_the_pages(name):
+    """Blocks that are no session: they run. Those of recipes.md and nnunet.md have tests of their own."""
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / name).read_text(), re.M | re.S)
+    assert blocks
+    for block in blocks:
+        exec(compile(block, f"docs/{name}", "exec"), {"__name__": "__main__"})
+
+
+def test_every_block_of_the_pages_has_a_test():
+    tried = {
+        "recipes.md": "test_recipes.py",
+        "nnunet.md": "nnunet_training.py",
+        "files.md": "test_examples.py",
+    } | dict.fromkeys(("terms.md", "losses.md", "differences.md", "troubleshooting.md", "metrics.md"), "test_pages.py")
+    for page in (ROOT / "docs").glob("*.md"):
+        if re.search(r"^```(python|pycon|bash)", page.read_text(), re.M):
+            assert page.name in (ROOT / "tests" / tried[page.name]).read_text(), page.name
+
+
+def test_links_between_the_pages():
+    """Files that pages and the README link to are there, and their headings."""
+    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        for target in re.findall(r"\]\((?!https?:)([^)#\s]*)(?:#[^)]*)?\)", page.read_text()):
+            assert (page.parent / target).exists(), (page.name, target)
+
+
 def run_blocks(name):
     """Run the lines of a page, one after the other; what they print is what it says. How many there were."""
     page = (ROOT / "docs" / name).read_text()
