@@ -330,8 +330,138 @@ def test_scores_of_a_drawn_image(monkeypatch):
     assert (points[0.5]["false"], points[0.8]["false"], points[0.8]["f1"]) == (0.5, 0.0, pytest.approx(0.8, abs=1e-4))
 
 
+def test_inspect_json_holds_terms_and_instances(drawn, tmp_path):
+    document = json.loads(
+        printed_by(run_program("inspect_nifti.py", *drawn, "--json", "--png", "slices.png", cwd=tmp_path))
+    )
+    assert_picture(tmp_path / "slices.png")
+    terms, instances = document["terms"], document["instances"]
+    assert tuple(terms) == TERMS
+    assert document["shape"] == [20, 18, 9]
+    assert (terms["false_instances"], terms["missed_instances"]) == (2, 1)
+
+    by_name = {(one["side"], one["number"]): one for one in instances}
+    assert len(by_name) == len(instances) == 5
+    found, false = by_name["label", 2], by_name["output", 1]
+    assert (found["status"], found["size"], found["center"]) == ("matched", 16, [11.5, 10.5, 4.5])
+    assert found["matched_with"] == [3]
+    assert by_name["output", 3]["matched_with"] == [2]
+    assert (false["status"], false["size"], false["matched_with"], false["dice"]) == (
+        "false",
+        8,
+        [],
+        pytest.approx(0, abs=1e-5),
+    )
+    assert by_name["label", 1]["status"] == "missed"
+    # 8 voxels of 0.8 on the label; beside it they enter as 0.8 * 0.8 in the label's value, as 0.8 in the output's.
+    assert found["dice"] == pytest.approx(2 * 6.4 / (6.4 + 5.12 + 16), abs=1e-6)
+    assert by_name["output", 3]["dice"] == pytest.approx(2 * 6.4 / (12.8 + 16), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--max-outputs", 20, "--iterations", 3, "--rates", "--centroid-offset", 1),
+        ("--activation", "sigmoid", "--threshold", 0.6, "--min-size", 2),
+    ],
+)
+def test_the_instances_make_up_the_terms(run_here, tmp_path, options):
+    generator = np.random.default_rng(5)
+    output = generator.normal(size=(13, 11, 9)) * 2 - 1.5
+    label = generator.random((13, 11, 9)) > 0.88
+    files = save(tmp_path / "output.nii", output), save(tmp_path / "label.nii", label, np.int16)
+    document = json.loads(printed_by(run_here("inspect_nifti.py", *files, "--json", *options)))
+    instances, terms = document["instances"], document["terms"]
+    for side in ("label", "output"):
+        values = [1 - one["dice"] for one in instances if one["side"] == side and one["dice"] is not None]
+        assert len(values) > 5
+        assert np.mean(values) == pytest.approx(terms[f"instance_{side}"], abs=1e-9)
+
+    def share(side, *status):
+        mine = [one["status"] in status for one in instances if one["side"] == side]
+        return np.mean(mine) if document["options"]["rates"] else sum(mine)
+
+    assert share("output", "false", "not used") == pytest.approx(terms["false_instances"], rel=1e-6)
+    assert share("label", "missed") == pytest.approx(terms["missed_instances"], rel=1e-6)
+
+
+def test_inspect_prints_tables_and_says_what_is_not_used(drawn, run_here):
+    printed = printed_by(run_here("inspect_nifti.py", *drawn, "--max-outputs", 1))
+    for term in TERMS:
+        assert term in printed
+    lines = [" ".join(line.split()) for line in printed.splitlines()]
+    assert "label 1 missed 8 1.5, 1.5, 1.5 - 0.0000" in lines
+    assert "output 2 not used 1 5.0, 5.0, 5.0 - -" in lines
+    assert lines[-1].startswith("2 outputs are not used individually (beyond the cap)")
+
+
+def test_inspect_images_and_empty_files(run_here, tmp_path):
+    image = np.zeros((30, 20, 1))
+    empty = save(tmp_path / "empty.nii.gz", image)
+    image[3:9, 4:8] = 1
+    filled = save(tmp_path / "filled.nii.gz", image)
+    document = json.loads(printed_by(run_here("inspect_nifti.py", empty, filled, "--json", "--png", "2d.png")))
+    assert document["shape"] == [30, 20]
+    assert document["terms"]["missed_instances"] == 1
+    assert_picture(tmp_path / "2d.png")
+    document = json.loads(printed_by(run_here("inspect_nifti.py", empty, empty, "--json", "--png", "none.png")))
+    assert (document["instances"], set(document["terms"].values())) == ([], {0.0})
+    assert_picture(tmp_path / "none.png")
+
+
+def test_inspect_warns_of_files_in_different_spaces(drawn, run_here):
+    image = nibabel.load(drawn[0])
+    nibabel.save(nibabel.Nifti1Image(image.get_fdata(), np.diag((1, 1, 2, 1))), drawn[0].parent / "moved.nii")
+    code, out, err = run_here("inspect_nifti.py", "moved.nii", drawn[1], "--json")
+    assert code == 0
+    assert tuple(json.loads(out)["terms"]) == TERMS
+    assert err == "inspect_nifti.py: warning: the affines differ; voxels are compared by their index\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("absent.nii.gz", "good.nii.gz"), ("output", "no file", "absent.nii.gz")),
+        (("good.nii.gz", "absent.nii.gz"), ("label", "no file", "absent.nii.gz")),
+        (("text.nii.gz", "good.nii.gz"), ("output", "not a readable NIfTI file", "text.nii.gz")),
+        (("cut.nii.gz", "good.nii.gz"), ("output", "not a readable NIfTI file", "cut.nii.gz")),
+        (("good.nii.gz", "good.mgz"), ("label", "not NIfTI", "MGHImage")),
+        (("good.nii.gz", "other_shape.nii"), ("one shape", "(8, 7, 6)", "(8, 7, 5)")),
+        (("series.nii.gz", "good.nii.gz"), ("output", "2D or 3D", "(8, 7, 6, 2)")),
+        (("line.nii.gz", "good.nii.gz"), ("output", "2D or 3D", "(8,)")),
+        (("good.nii.gz", "classes.nii.gz"), ("label", "only 0 (background) and 1 (foreground)", "got 3")),
+        (("nan.nii.gz", "good.nii.gz"), ("output", "finite", "NaN", "8 voxels")),
+        (("good.nii.gz", "good.nii.gz", "--iterations", 0), ("--iterations", "at least 1", "0")),
+        (("good.nii.gz", "good.nii.gz", "--png", "nowhere/a.png"), ("--png", "no folder", "nowhere")),
+        (("good.nii.gz",), ("required", "label")),
+    ],
+)
+def test_inspect_errors(folder, run_here, arguments, words):
+    assert_fails(run_here("inspect_nifti.py", *arguments), "inspect_nifti.py", words)
+
+
+def test_inspect_errors_as_a_program(folder):
+    done = run_program("inspect_nifti.py", "good.nii.gz", "other_shape.nii", "--json", cwd=folder)
+    assert_fails(done, "inspect_nifti.py", ("one shape", "(8, 7, 6)", "(8, 7, 5)"))
+
+
 @pytest.mark.skipif(
-    PUBLISHED is None, reason="INSTANCE_LOSS_EXAMPLE names no folder with the pair that the authors publish"
+    not PUBLISHED,
+    reason="the environment variable INSTANCE_LOSS_EXAMPLE names no folder with output-0.nii.gz and label-0.nii.gz",
+)
+def test_published_example(run_here):
+    """The table that the authors' notebook prints for their example."""
+    data = Path(PUBLISHED).resolve()
+    files = data / "output-0.nii.gz", data / "label-0.nii.gz"
+    options = ("--activation", "none", "--iterations", 250, "--rates", "--json")
+    terms = json.loads(printed_by(run_here("inspect_nifti.py", *files, *options)))["terms"]
+    published = (0.4587, 0.4786, 0.6545, 0.5793, 0.2500, 0.2000, 6.9283)
+    assert [round(value, 4) for value in terms.values()] == list(published)
+
+
+@pytest.mark.skipif(
+    not PUBLISHED,
+    reason="the environment variable INSTANCE_LOSS_EXAMPLE names no folder with output-0.nii.gz and label-0.nii.gz",
 )
 def test_the_page_of_two_files(run_here, tmp_path):
     """The command of docs/files.md prints what stands there."""
