@@ -9,13 +9,18 @@ NaN compares as false, so it is background. The pixel term sees a prediction u a
 ../ops.py): u = x, w = label (RAW), u = p, w = y (PROBABILITY), or u = foreground, w = label (HARD). Its sums are
 u w, phi(u, w) and truth(w), which is w, or w^2 where predictions are squared. One kernel reads x and the labels once;
 each program writes its part of the sums, and 0 or NaN for whether all its x are finite and all its labels in
-[-0.5, 1.5]. That is counted and not found from a sum, which could grow too large where every value is finite. What the
-parts add up to is found together with the counts (instances.py).
+[-0.5, 1.5]. That is not found from a sum of x, which could grow too large where every value is finite. What the
+parts add up to is found together with the counts (finish.py).
+
+Lanes are cells of 2x2x2 voxels (nodes.py), as labelling wants them: if nothing else asks for masks, it begins here,
+with the bytes of cells and the first parents. Otherwise foreground and y are written as masks.
 
 Everything is computed in the precision of x, labels are rounded to it, and sums are added in float64. Backward: in
 tables.py, together with that of the instances. Deterministic: no atomics, parts are added in a fixed order. Bytes a
-voxel: the sizes of x and of a label read, 2 written.
+voxel: the sizes of x and of a label read, and written 8.25 with cells, 2 with masks.
 """
+
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,9 +29,20 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import ops
-from .blocks import block_size, cut
+from . import blocks
+from .blocks import block_size, cut, threads
 from .launches import launch
-from .quantities import phi, sum_where, truth
+from .nodes import (
+    Cells,
+    begin_cells,
+    bits_of_row,
+    cell_coordinates,
+    empty_cells,
+    number_of_cells,
+    row_of,
+    rows_of,
+)
+from .quantities import phi, truth
 
 NONE: tl.constexpr = tl.constexpr(ops.NONE)
 SIGMOID: tl.constexpr = tl.constexpr(ops.SIGMOID)
@@ -34,8 +50,8 @@ NOT_FUSED: tl.constexpr = tl.constexpr(ops.NOT_FUSED)
 RAW: tl.constexpr = tl.constexpr(ops.RAW)
 PROBABILITY: tl.constexpr = tl.constexpr(ops.PROBABILITY)
 COLUMNS: tl.constexpr = tl.constexpr(ops.SAMPLE_COLUMNS)
-# Eight voxels a thread of four warps: enough loads under way to wait for memory, and few parts to add.
-ACTIVATE_BLOCK = 1024
+# Tiles of one cell a thread that a program of one warp goes over: few parts to add, without a barrier.
+ACTIVATE_TILES = 2
 
 
 @triton.jit
@@ -61,6 +77,25 @@ def is_mask_like(labels):
 
 
 @triton.jit
+def are_mask_like(least, most):
+    """Where all labels between these two are near 0 or 1."""
+    return (least >= -0.5) & (most <= 1.5) if least.dtype.is_floating() else tl.minimum(least, 1 - most) >= 0
+
+
+@triton.jit
+def is_foreground(x, p, ACTIVATION: tl.constexpr, THRESHOLD: tl.constexpr):
+    """Where an output is foreground."""
+    only_ones: tl.constexpr = (ACTIVATION == NONE) & (THRESHOLD <= 0)
+    return x == 1 if only_ones else p >= tl.full(x.shape, THRESHOLD, x.dtype)
+
+
+@triton.jit
+def _sum_of(values):
+    """Sum of a block (BLOCK, 2)."""
+    return tl.sum(tl.sum(values, axis=1), axis=0)
+
+
+@triton.jit
 def seen_by_pixel(x, p, foreground, y, labels, PIXEL: tl.constexpr):
     """Prediction u and truth w of the pixel term, in the precision of x."""
     if PIXEL == RAW:
@@ -73,62 +108,117 @@ def seen_by_pixel(x, p, foreground, y, labels, PIXEL: tl.constexpr):
     return u, w.to(x.dtype)
 
 
-@triton.jit
+# (with a depth that is 1 for a constant, LLVM leaves a byte of stack behind)
+@triton.jit(do_not_specialize=["D"])
 def _activate_kernel(
     x_ptr,  # (B, V) float32 or float64
     labels_ptr,  # (B, V) of any real dtype
-    foreground_ptr,  # (B, V) bool
-    y_ptr,  # (B, V) bool
+    masks_ptr,  # (2 B, V) bool, or None: the cells are wanted
+    cells_ptr,  # (2 B, N) uint8, or None: the masks are
+    parents_ptr,  # (2 B, V) int32, or None
     parts_ptr,  # (B, programs, 4) float64: of the sums, zeros without a fused pixel term; 0 or NaN
-    V,
+    health_ptr,  # () float64, which becomes 1
+    D,
+    H,
+    W,
+    N,
     ACTIVATION: tl.constexpr,
     THRESHOLD: tl.constexpr,
     PIXEL: tl.constexpr,
     QUANTITY: tl.constexpr,
+    ROWS: tl.constexpr,
+    EVEN: tl.constexpr,
+    TILES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    voxel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    sample = tl.program_id(1).to(tl.int64)
-    index = sample * V + voxel
-    in_volume = voxel < V
-    x = tl.load(x_ptr + index, mask=in_volume, other=0)
-    labels = tl.load(labels_ptr + index, mask=in_volume, other=0)
-
-    p = probability(x, ACTIVATION)
-    only_ones: tl.constexpr = (ACTIVATION == NONE) & (THRESHOLD <= 0)
-    foreground = x == 1 if only_ones else p >= tl.full(x.shape, THRESHOLD, x.dtype)
-    y = is_label(labels)
-    tl.store(foreground_ptr + index, foreground, mask=in_volume)
-    tl.store(y_ptr + index, y, mask=in_volume)
+    label_type: tl.constexpr = labels_ptr.dtype.element_ty
+    # (the least and largest of narrow integers are sought among wider ones)
+    COMPARED: tl.constexpr = tl.int32 if label_type.primitive_bitwidth < 32 else label_type
+    sample, B = tl.program_id(1).to(tl.int64), tl.num_programs(1)
+    x_ptr += sample * D * H * W
+    labels_ptr += sample * D * H * W
+    of_both = tl.zeros((BLOCK, 2), tl.float64)
+    of_u = tl.zeros((BLOCK, 2), tl.float64)
+    of_w = tl.zeros((BLOCK, 2), tl.float64)
+    # NaN once any x is not finite; and the least and largest label, or NaN
+    not_finite = tl.zeros((BLOCK, 2), x_ptr.dtype.element_ty)
+    least = tl.zeros((BLOCK, 2), COMPARED)
+    most = tl.zeros((BLOCK, 2), COMPARED)
+    for tile in range(TILES):
+        cell = (tl.program_id(0) * TILES + tile) * BLOCK + tl.arange(0, BLOCK)
+        cell_z, cell_y, cell_x = cell_coordinates(cell, H, W)
+        out, lab = tl.zeros((BLOCK, 2), tl.int32), tl.zeros((BLOCK, 2), tl.int32)
+        for row in tl.static_range(ROWS):
+            voxel, inside = row_of(cell_z, cell_y, cell_x, cell < N, D, H, W, row, EVEN)
+            x = tl.load(x_ptr + voxel, mask=inside, other=0)
+            labels = tl.load(labels_ptr + voxel, mask=inside, other=0)
+            p = probability(x, ACTIVATION)
+            foreground, y = is_foreground(x, p, ACTIVATION, THRESHOLD), is_label(labels)
+            not_finite += 0 * x
+            least = tl.minimum(least, labels.to(COMPARED), propagate_nan=tl.PropagateNan.ALL)
+            most = tl.maximum(most, labels.to(COMPARED), propagate_nan=tl.PropagateNan.ALL)
+            if PIXEL != NOT_FUSED:
+                u, w = seen_by_pixel(x, p, foreground, y, labels, PIXEL)
+                u = tl.where(inside, u, 0.0)  # where both are 0, so is all that is added
+                of_both += (u * w).to(tl.float64)
+                of_u += phi(u, w, QUANTITY).to(tl.float64)
+                of_w += truth(w, QUANTITY).to(tl.float64)
+            if masks_ptr is not None:
+                mask_ptr = masks_ptr + sample * D * H * W + voxel
+                tl.store(mask_ptr, foreground, mask=inside)
+                tl.store(mask_ptr + B.to(tl.int64) * D * H * W, y, mask=inside)
+            out |= tl.where(inside, bits_of_row(foreground, row), 0)
+            lab |= bits_of_row(y, row)
+        if cells_ptr is not None:
+            for side in tl.static_range(2):
+                start = side * B + sample
+                begin_cells(
+                    tl.sum(out if side == 0 else lab, axis=1), cells_ptr + start * N, parents_ptr + start * D * H * W,
+                    cell, cell_z, cell_y, cell_x, D, H, W, N, ROWS, EVEN, BLOCK,
+                )  # fmt: skip
 
     parts_ptr += (sample * tl.num_programs(0) + tl.program_id(0)) * (COLUMNS + 1)
-    broken = tl.sum((~((tl.abs(x) < float("inf")) & is_mask_like(labels))).to(tl.int32), axis=0)
+    both, true = tl.zeros([], tl.float64), tl.zeros([], tl.float64)
+    if PIXEL != PROBABILITY or tl.max(tl.max(of_w, axis=1), axis=0) > 0:  # most of y is background
+        both, true = _sum_of(of_both), _sum_of(of_w)
+    tl.store(parts_ptr, both)
+    tl.store(parts_ptr + 1, _sum_of(of_u))
+    tl.store(parts_ptr + 2, true)
+    healthy = (not_finite == 0) & are_mask_like(least, most)
+    if (tl.program_id(0) == 0) & (sample == 0):
+        tl.store(health_ptr, 1.0)
+    broken = tl.max(tl.max(1 - healthy.to(tl.int32), axis=1), axis=0)
     tl.store(parts_ptr + COLUMNS, tl.where(broken > 0, float("nan"), 0.0))
-    if PIXEL != NOT_FUSED:
-        u, w = seen_by_pixel(x, p, foreground, y, labels, PIXEL)
-        tl.store(parts_ptr, sum_where(u * w, in_volume))
-        tl.store(parts_ptr + 1, sum_where(phi(u, w, QUANTITY), in_volume))
-        tl.store(parts_ptr + 2, sum_where(truth(w, QUANTITY), in_volume))
-    else:
-        for column in tl.static_range(COLUMNS):
-            tl.store(parts_ptr + column, 0.0)
 
 
-def launch_activate(
-    x: Tensor, labels: Tensor, activation: int, threshold: float, pixel: int, quantity: int
+def _activate(
+    x: Tensor, labels: Tensor, masks: Tensor | None, begun: Cells | None, *options: Any
 ) -> tuple[Tensor, Tensor]:
-    """Foreground and y as one mask (2 B, D, H, W), and the parts of the sums of the pixel term and of the health."""
-    batch, *shape = x.shape
-    masks = torch.empty((2 * batch, *shape), dtype=torch.bool, device=x.device)
-    num_voxels = x[0].numel() if batch else 0
-    block = block_size(num_voxels, ACTIVATE_BLOCK)
-    programs = cut(num_voxels, block)
+    """Write masks or cells; the parts of the sums of the pixel term and of health, and health, which is still 1."""
+    (batch, *shape), (activation, threshold, pixel, quantity) = x.shape, options
+    num_cells = number_of_cells(shape)
+    block, tiles = block_size(num_cells, threads(1)), 1 if blocks.INTERPRETED else ACTIVATE_TILES
+    programs = cut(num_cells, block * tiles)
     parts = torch.empty((batch, programs, ops.SAMPLE_COLUMNS + 1), dtype=torch.float64, device=x.device)
+    health = torch.empty((), dtype=torch.float64, device=x.device)
     # As PyTorch and NumPy compare a number with a tensor: rounded to the dtype of the tensor.
     threshold = float(np.float64(threshold) if x.dtype == torch.float64 else np.float32(threshold))
     if x.numel() > 0:
         launch(_activate_kernel, (programs, batch),
-            x, labels, *masks.chunk(2), parts, num_voxels,
-            activation, threshold, pixel, 0 if pixel == ops.NOT_FUSED else quantity, block,
+            x, labels, masks, *(begun or (None, None)), parts, health, *shape, num_cells,
+            activation, threshold, pixel, 0 if pixel == ops.NOT_FUSED else quantity, *rows_of(shape), tiles, block,
+            num_warps=1,
         )  # fmt: skip
-    return masks, parts
+    return parts, health if x.numel() > 0 else health.fill_(1)
+
+
+def launch_activate(x: Tensor, labels: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Foreground and y as one mask (2 B, D, H, W), the parts of sums and of health, and health, which is still 1."""
+    masks = torch.empty((2 * len(x), *x.shape[1:]), dtype=torch.bool, device=x.device)
+    return masks, *_activate(x, labels, masks, None, *options)
+
+
+def launch_activate_cells(x: Tensor, labels: Tensor, *options: Any) -> tuple[Cells, Tensor, Tensor]:
+    """The same, but instead of the mask its cells, from which labelling goes on."""
+    begun = empty_cells(2 * len(x), x.shape[1:], x.device)
+    return begun, *_activate(x, labels, None, begun, *options)

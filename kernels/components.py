@@ -1,17 +1,17 @@
 """Connected components by union-find, and the instances they make.
 
-Two foreground voxels of one 2x2x2 cell always touch, so a cell is one *node*, called by the largest id (linear index
-+ 1) of a foreground voxel in it. The output is the parent array itself: a voxel holds the id of its parent, 0 in the
-background.
+Cells and nodes are those of nodes.py. The output is the parent array itself: the place of a node, the voxel of that id,
+holds the id of its parent; other voxels hold 0.
 
-1. `_nodes_kernel`: every foreground voxel gets its node for a parent; one byte a cell says which of its voxels are
-   foreground.
+1. `_nodes_kernel`, or that of activation.py: the byte of each cell, and for each node the largest one of its run.
 2. `_merge_kernel`: each cell looks at its 13 forward neighbours. Two cells touch if both have foreground on the
-   faces, edges or corners that they share, which the two bytes tell. Then their sets are united, unless a third cell
-   between them, one step along an axis away, touches both. (Then each pair on the way is a step along an axis, which
-   is always united, or touches through others in turn.)
-3. `_flatten_kernel`: every voxel climbs to its root, which is the largest id in the component. Each block also
-   counts its roots, from which they are numbered (numbering.py).
+   faces, edges or corners that they share, which the two bytes tell. Then their sets are united, unless they come
+   together without: in one run; or through a third cell between them, one step along an axis away, that touches both
+   (then each pair on the way is a step along an axis, or touches through others in turn); or, for a step along an axis,
+   beside a pair that touches by the same step, and whose cells touch theirs. The pair is the one before along another
+   axis, so there is a first one, which is united. Of cells that fill a box, only one pair of rows or planes is left.
+3. `_flatten_kernel`: every node climbs to its root, which is the largest id in the component. It also counts the roots
+   in each block of voxels, from which they are numbered (numbering.py). Where ids are wanted, all voxels get theirs.
 
 Uniting, by all programs at once and without locks: of two nodes the lower one climbs, until they meet or it is a root
 `low`. Then `old = atomic_max(parent of low, high)` hangs it under the other node. If another program was faster, low
@@ -22,8 +22,8 @@ stale, yet both only ever name an ancestor; it is the first parent a root gets t
 by the value which the atomic returns.
 
 Backward: none, ids are constants. Deterministic: the largest id of a component does not depend on who unites first.
-Bytes a voxel: 1 read and 4 written for the nodes, 1/8 written and about 2 read (14/8) for the cells, 4 read to flatten;
-foreground also climbs and has 4 written.
+Bytes a voxel: 1 read and 4 written for the nodes, 1/8 written and about 2 read (15/8) for the cells, which alone are
+read to flatten; nodes also climb and have 4 written.
 """
 
 import torch
@@ -31,33 +31,28 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .blocks import block_size, coordinates, cut, threads
+from .blocks import block_size, cut, threads
+from .finish import Ending
 from .launches import launch
-from .numbering import REDUCE_WARPS, blocks_of, number, number_components
+from .nodes import (
+    RUN,
+    Cells,
+    begin_cells,
+    bits_of_row,
+    cell_coordinates,
+    empty_cells,
+    node_of,
+    row_of,
+    rows_of,
+)
+from .numbering import blocks_of, number, number_components
 from .propagation import propagate
 
-NODES_BLOCK = 128
 # One lane a thread: where a block has fewer lanes than threads, a value-returning atomic in a loop can repeat for ever;
 # with many more it takes over 200 registers. One warp, so that no lane waits at a barrier for another warp.
 MERGE_WARPS = 1
-
-
-@triton.jit
-def _cell_coordinates(cell, H, W):
-    """Coordinates of the first voxel of a 2x2x2 cell."""
-    z, y, x = coordinates(cell, (H + 1) // 2, (W + 1) // 2)
-    return 2 * z, 2 * y, 2 * x
-
-
-@triton.jit
-def _node(occupancy, z, y, x, H, W):
-    """Largest foreground id of the cell at (z, y, x): that of its highest bit, as bits are in the order of ids."""
-    in_z = (occupancy >= 16).to(tl.int32)
-    occupancy = occupancy >> 4 * in_z
-    in_y = (occupancy >= 4).to(tl.int32)
-    occupancy = occupancy >> 2 * in_y
-    in_x = (occupancy >= 2).to(tl.int32)
-    return ((z + in_z) * H + y + in_y) * W + x + in_x + 1
+# One cell a thread of one warp: with more, a block is less often background.
+FLATTEN_BLOCK, FLATTEN_WARPS = 32, 1
 
 
 @triton.jit
@@ -70,7 +65,7 @@ def _facing(step_z, step_y, step_x):
 def _touch(cell, other, STEP_Z: tl.constexpr, STEP_Y: tl.constexpr, STEP_X: tl.constexpr):
     """Whether two cells touch, by their bytes, if the other one is at such a step."""
     near, far = _facing(STEP_Z, STEP_Y, STEP_X), _facing(-STEP_Z, -STEP_Y, -STEP_X)
-    return ((cell & near) != 0) & ((other & far) != 0)
+    return tl.minimum(cell & near, other & far) != 0
 
 
 @triton.jit
@@ -104,66 +99,71 @@ def _load_cell(
 
 @triton.jit
 def _touches_alone(
-    cells_ptr,
-    cell,
-    occupancy,
-    before_x,
-    behind_x,
-    before_y,
-    behind_y,
-    behind_z,
-    here,
-    z,
-    y,
-    x,
-    D,
-    H,
-    W,
-    STEP_Z: tl.constexpr,
-    STEP_Y: tl.constexpr,
-    STEP_X: tl.constexpr,
+    cell, other, beside_z, beside_y, beside_x, STEP_Z: tl.constexpr, STEP_Y: tl.constexpr, STEP_X: tl.constexpr
 ):
-    """Whether a cell touches the one at a step, and no third cell, one step along an axis away, that touches both."""
-    other = _load_cell(cells_ptr, cell, z, y, x, D, H, W, STEP_Z, STEP_Y, STEP_X, here)
-    touching = _touch(occupancy, other, STEP_Z, STEP_Y, STEP_X)
-    if STEP_Z * STEP_Z + STEP_Y * STEP_Y + STEP_X * STEP_X > 1:
-        if STEP_Z != 0:
-            touching &= ~_through(occupancy, other, behind_z, STEP_Z, STEP_Y, STEP_X, 0)
-        if STEP_Y != 0:
-            between_y = before_y if STEP_Y < 0 else behind_y
-            touching &= ~_through(occupancy, other, between_y, STEP_Z, STEP_Y, STEP_X, 1)
-        if STEP_X != 0:
-            between_x = before_x if STEP_X < 0 else behind_x
-            touching &= ~_through(occupancy, other, between_x, STEP_Z, STEP_Y, STEP_X, 2)
+    """Whether a cell touches the one at a diagonal step, and none of the cells one step along an axis touches both."""
+    touching = _touch(cell, other, STEP_Z, STEP_Y, STEP_X)
+    if STEP_Z != 0:
+        touching &= ~_through(cell, other, beside_z, STEP_Z, STEP_Y, STEP_X, 0)
+    if STEP_Y != 0:
+        touching &= ~_through(cell, other, beside_y, STEP_Z, STEP_Y, STEP_X, 1)
+    if STEP_X != 0:
+        touching &= ~_through(cell, other, beside_x, STEP_Z, STEP_Y, STEP_X, 2)
     return touching
 
 
 @triton.jit
-def _to_unite(cells_ptr, cell, occupancy, z, y, x, D, H, W):
-    """With which of its 13 forward neighbours a cell is to be united: a bit for each, in their order.
+def _parallel(
+    cell,
+    other,
+    before,
+    before_other,
+    STEP_Z: tl.constexpr,
+    STEP_Y: tl.constexpr,
+    STEP_X: tl.constexpr,
+    BACK_Y: tl.constexpr,
+    BACK_X: tl.constexpr,
+):
+    """Whether two cells touch those at a step back from them, and these each other."""
+    sides = _touch(cell, before, 0, BACK_Y, BACK_X) & _touch(other, before_other, 0, BACK_Y, BACK_X)
+    return sides & _touch(before, before_other, STEP_Z, STEP_Y, STEP_X)
 
-    Not with one that it touches through a third cell, one step along an axis away: those two pairs are united.
-    """
+
+@triton.jit
+def _to_unite(cells_ptr, cell, occupancy, z, y, x, D, H, W):
+    """With which of its 13 forward neighbours a cell is to be united: a bit for each, in their order."""
     here = occupancy != 0
     before_x = _load_cell(cells_ptr, cell, z, y, x, D, H, W, 0, 0, -1, here)
     behind_x = _load_cell(cells_ptr, cell, z, y, x, D, H, W, 0, 0, 1, here)
     behind_y = _load_cell(cells_ptr, cell, z, y, x, D, H, W, 0, 1, 0, here)
-    wanted = tl.zeros_like(occupancy)
-    for direction in tl.static_range(14, 18):  # of the 27 steps -1, 0, 1 in three axes: in the same layer
-        touching = _touches_alone(
-            cells_ptr, cell, occupancy, before_x, behind_x, behind_y, behind_y, behind_y, here, z, y, x, D, H, W,
-            direction // 9 - 1, direction // 3 % 3 - 1, direction % 3 - 1,
-        )  # fmt: skip
-        wanted |= touching.to(tl.int32) << (direction - 14)
+    before_x_behind_y = _load_cell(cells_ptr, cell, z, y, x, D, H, W, 0, 1, -1, here)
+    along_x = _touch(occupancy, behind_x, 0, 0, 1) & (cell % RUN == RUN - 1)  # others are in one run
+    along_y = _touch(occupancy, behind_y, 0, 1, 0)
+    along_y &= ~_parallel(occupancy, behind_y, before_x, before_x_behind_y, 0, 1, 0, 0, -1)
+    left = _touches_alone(occupancy, before_x_behind_y, occupancy, behind_y, before_x, 0, 1, -1)
+    other = _load_cell(cells_ptr, cell, z, y, x, D, H, W, 0, 1, 1, here)
+    right = _touches_alone(occupancy, other, occupancy, behind_y, behind_x, 0, 1, 1)
+    wanted = along_x.to(tl.int32) | (left.to(tl.int32) << 1) | (along_y.to(tl.int32) << 2) | (right.to(tl.int32) << 3)
     if D > 2:  # there is another layer of cells
         before_y = _load_cell(cells_ptr, cell, z, y, x, D, H, W, 0, -1, 0, here)
         behind_z = _load_cell(cells_ptr, cell, z, y, x, D, H, W, 1, 0, 0, here)
-        for direction in tl.static_range(18, 27):
-            touching = _touches_alone(
-                cells_ptr, cell, occupancy, before_x, behind_x, before_y, behind_y, behind_z, here, z, y, x, D, H, W,
-                direction // 9 - 1, direction // 3 % 3 - 1, direction % 3 - 1,
-            )  # fmt: skip
-            wanted |= touching.to(tl.int32) << (direction - 14)
+        along_z = _touch(occupancy, behind_z, 1, 0, 0)
+        for direction in tl.static_range(18, 27):  # of the 27 steps -1, 0, 1 in three axes
+            if direction != 22:  # the step along the axis
+                other = _load_cell(
+                    cells_ptr, cell, z, y, x, D, H, W, 1, direction // 3 % 3 - 1, direction % 3 - 1, here
+                )
+                beside_y = before_y if direction < 21 else behind_y
+                beside_x = before_x if direction % 3 == 0 else behind_x
+                touching = _touches_alone(
+                    occupancy, other, behind_z, beside_y, beside_x, 1, direction // 3 % 3 - 1, direction % 3 - 1
+                )
+                wanted |= touching.to(tl.int32) << (direction - 14)
+                if direction == 19:
+                    along_z &= ~_parallel(occupancy, behind_z, before_y, other, 1, 0, 0, -1, 0)
+                if direction == 21:
+                    along_z &= ~_parallel(occupancy, behind_z, before_x, other, 1, 0, 0, 0, -1)
+        wanted |= along_z.to(tl.int32) << 8
     return wanted
 
 
@@ -176,7 +176,7 @@ def _neighbour(cells_ptr, cell, wanted, z, y, x, H, W):
     step_z, step_y, step_x = direction // 9 - 1, direction // 3 % 3 - 1, direction % 3 - 1
     to_cell = cell + (step_z * ((H + 1) // 2) + step_y) * ((W + 1) // 2) + step_x
     occupancy = tl.load(cells_ptr + to_cell, mask=wanted != 0, other=0).to(tl.int32)
-    return _node(occupancy, z + 2 * step_z, y + 2 * step_y, x + 2 * step_x, H, W)
+    return node_of(occupancy, z + 2 * step_z, y + 2 * step_y, x + 2 * step_x, H, W)
 
 
 @triton.jit
@@ -196,55 +196,55 @@ def _climb(parents_ptr, left, right):
 @triton.jit
 def _nodes_kernel(
     mask_ptr,  # (B, V) bool
-    ids_ptr,  # (B, V) int32
     cells_ptr,  # (B, N) uint8
+    parents_ptr,  # (B, V) int32
     D,
     H,
     W,
     N,
+    ROWS: tl.constexpr,
+    EVEN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     cell = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     sample = tl.program_id(1).to(tl.int64)
-    z, y, x = _cell_coordinates(cell, H, W)
-    first = sample * D * H * W + (z * H + y) * W + x
-
-    occupancy = tl.zeros((BLOCK,), tl.int32)
-    for corner in tl.static_range(8):
-        inside = (cell < N) & (z + corner // 4 < D) & (y + corner // 2 % 2 < H) & (x + corner % 2 < W)
-        step = (corner // 4 * H + corner // 2 % 2) * W + corner % 2
-        foreground = tl.load(mask_ptr + first + step, mask=inside, other=0)
-        occupancy |= foreground.to(tl.int32) << corner
-    tl.store(cells_ptr + sample * N + cell, occupancy.to(tl.uint8), mask=cell < N)
-
-    node = _node(occupancy, z, y, x, H, W)
-    for corner in tl.static_range(8):
-        inside = (cell < N) & (z + corner // 4 < D) & (y + corner // 2 % 2 < H) & (x + corner % 2 < W)
-        step = (corner // 4 * H + corner // 2 % 2) * W + corner % 2
-        tl.store(ids_ptr + first + step, tl.where((occupancy >> corner) & 1 != 0, node, 0), mask=inside)
+    z, y, x = cell_coordinates(cell, H, W)
+    occupancy = tl.zeros((BLOCK, 2), tl.int32)
+    for row in tl.static_range(ROWS):
+        voxel, inside = row_of(z, y, x, cell < N, D, H, W, row, EVEN)
+        foreground = tl.load(mask_ptr + sample * D * H * W + voxel, mask=inside, other=0)
+        occupancy |= bits_of_row(foreground, row)
+    begin_cells(
+        tl.sum(occupancy, axis=1), cells_ptr + sample * N, parents_ptr + sample * D * H * W,
+        cell, z, y, x, D, H, W, N, ROWS, EVEN, BLOCK,
+    )  # fmt: skip
 
 
 # (with a size that is 1 for a constant, LLVM leaves a byte of stack behind)
 @triton.jit(do_not_specialize=["D", "H", "W"])
 def _merge_kernel(
-    ids_ptr,  # (B, V) int32
     cells_ptr,  # (B, N) uint8
+    parents_ptr,  # (B, V) int32
+    roots_ptr,  # (B, blocks) int32, which become zeros
     D,
     H,
     W,
     N,
+    blocks,
     BLOCK: tl.constexpr,
 ):
-    cell = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    cell = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK + tl.arange(0, BLOCK)
     sample = tl.program_id(1).to(tl.int64)
+    for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
+        tl.store(roots_ptr + sample * blocks + block, 0)
     cells_ptr += sample * N
-    parents_ptr = ids_ptr + sample * D * H * W - 1  # id i is voxel i - 1
+    parents_ptr += sample * D * H * W - 1  # id i is voxel i - 1
 
     occupancy = tl.load(cells_ptr + cell, mask=cell < N, other=0).to(tl.int32)
     if tl.max(occupancy, axis=0) > 0:  # most cells are background
-        z, y, x = _cell_coordinates(cell, H, W)
+        z, y, x = cell_coordinates(cell, H, W)
         wanted = _to_unite(cells_ptr, cell, occupancy, z, y, x, D, H, W)
-        left = _node(occupancy, z, y, x, H, W)
+        left = node_of(occupancy, z, y, x, H, W)
         right = left
         while tl.max((wanted | (left != right).to(tl.int32)), axis=0) > 0:
             # Who has met begins with the next neighbour, from where it is.
@@ -257,71 +257,93 @@ def _merge_kernel(
 
 @triton.jit
 def _flatten_kernel(
-    ids_ptr,  # (B, V) int32
-    roots_ptr,  # (B, programs) int32
-    V,
+    cells_ptr,  # (B, N) uint8
+    parents_ptr,  # (B, V) int32
+    roots_ptr,  # (B, blocks) int32: of each block of voxels
+    D,
+    H,
+    W,
+    N,
+    blocks,
+    ROOTS_BLOCK: tl.constexpr,
+    IDS: tl.constexpr,  # whether all voxels get the id of their component
+    ROWS: tl.constexpr,
+    EVEN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    voxel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    # Programs begin in order, and roots are large: who comes later finds that parents have climbed already.
+    cell = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK + tl.arange(0, BLOCK)
     sample = tl.program_id(1).to(tl.int64)
-    ids_ptr += sample * V
-    node = tl.load(ids_ptr + voxel, mask=voxel < V, other=0)
-    roots = tl.full([], 0, tl.int32)
-    if tl.max(node, axis=0) > 0:  # most blocks are background
-        climbing = node > 0
+    parents_ptr += sample * D * H * W
+    occupancy = tl.load(cells_ptr + sample * N + cell, mask=cell < N, other=0).to(tl.int32)
+    if tl.max(occupancy, axis=0) > 0:  # most cells are background
+        z, y, x = cell_coordinates(cell, H, W)
+        node = tl.where(occupancy != 0, node_of(occupancy, z, y, x, H, W), 0)
+        root, climbing = node, node > 0
         while tl.max(climbing.to(tl.int32), axis=0) > 0:
-            parent = tl.load(ids_ptr - 1 + node, mask=climbing, other=0)
-            climbing = climbing & (parent != node)
-            node = tl.where(climbing, parent, node)
-        tl.store(ids_ptr + voxel, node, mask=node > 0)
-        roots = tl.sum((node == voxel + 1).to(tl.int32), axis=0)
-    tl.store(roots_ptr + sample * tl.num_programs(0) + tl.program_id(0), roots)
+            parent = tl.load(parents_ptr - 1 + root, mask=climbing, other=0)
+            climbing = climbing & (parent != root)
+            root = tl.where(climbing, parent, root)
+        is_root = (node > 0) & (root == node)
+        tl.atomic_add(roots_ptr + sample * blocks + (node - 1) // ROOTS_BLOCK, 1, mask=is_root, sem="relaxed")
+        if IDS:
+            for row in tl.static_range(ROWS):
+                voxel, inside = row_of(z, y, x, cell < N, D, H, W, row, EVEN)
+                foreground = (bits_of_row(inside, row) & occupancy[:, None]) != 0
+                tl.store(parents_ptr + voxel, root[:, None] + tl.zeros_like(voxel), mask=foreground)
+        else:
+            tl.store(parents_ptr - 1 + node, root, mask=(node > 0) & ~is_root)
 
 
-def _label(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Ids of the components of `mask` (B, D, H, W) bool, and the number of roots in each block, (B, programs) int32."""
-    batch, depth, height, width = mask.shape
-    ids = torch.empty(mask.shape, dtype=torch.int32, device=mask.device)
-    flatten_block, programs = blocks_of(ids)
-    roots = ids.new_empty((batch, programs))
-    if ids.numel() == 0:
-        return ids, roots
-    cells = torch.empty(
-        (batch, cut(depth, 2) * cut(height, 2) * cut(width, 2)),
-        dtype=torch.uint8,
-        device=mask.device,
-    )
-    num_cells = cells.shape[1]
-    block = block_size(num_cells, NODES_BLOCK)
-    launch(_nodes_kernel, (cut(num_cells, block), batch), mask, ids, cells, depth, height, width, num_cells, block)
-    block = block_size(num_cells, threads(MERGE_WARPS))
-    launch(
-        _merge_kernel,
-        (cut(num_cells, block), batch),
-        ids,
-        cells,
-        depth,
-        height,
-        width,
-        num_cells,
-        block,
-        num_warps=MERGE_WARPS,
-    )
-    launch(
-        _flatten_kernel,
-        (programs, batch),
-        ids,
-        roots,
-        depth * height * width,
-        flatten_block,
-        num_warps=REDUCE_WARPS,
-    )
-    return ids, roots
+def begin(mask: Tensor) -> Cells:
+    """The cells of `mask` (B, D, H, W) bool."""
+    batch, *shape = mask.shape
+    cells = empty_cells(batch, shape, mask.device)
+    if mask.numel() > 0:
+        num_cells = cells.bytes.shape[1]
+        block = block_size(num_cells, threads(1))
+        launch(_nodes_kernel, (cut(num_cells, block), batch),
+            mask, *cells, *shape, num_cells, *rows_of(shape), block, num_warps=1,
+        )  # fmt: skip
+    return cells
+
+
+def unite(cells: Cells, ids: bool) -> Tensor:
+    """Hang nodes under the roots of their components; how many roots are in each block of voxels, (B, blocks) int32.
+
+    With `ids` the parents become the ids of components.
+    """
+    batch, *shape = cells.parents.shape
+    roots_block, num_blocks = blocks_of(cells.parents)
+    roots = cells.parents.new_empty((batch, num_blocks))
+    if cells.parents.numel() > 0:
+        num_cells = cells.bytes.shape[1]
+        block = block_size(num_cells, threads(MERGE_WARPS))
+        launch(_merge_kernel, (cut(num_cells, block), batch),
+            *cells, roots, *shape, num_cells, num_blocks, block, num_warps=MERGE_WARPS,
+        )  # fmt: skip
+        block = block_size(num_cells, FLATTEN_BLOCK)
+        launch(_flatten_kernel, (cut(num_cells, block), batch),
+            *cells, roots, *shape, num_cells, num_blocks, roots_block, ids, *rows_of(shape), block,
+            num_warps=FLATTEN_WARPS,
+        )  # fmt: skip
+    return roots
 
 
 def launch_components(mask: Tensor, num_iterations: int) -> Tensor:
     """Ids of the components of `mask` (B, D, H, W) bool; with `num_iterations` > 0, of that many rounds of pooling."""
-    return propagate(mask, num_iterations) if num_iterations > 0 else _label(mask)[0]
+    if num_iterations > 0:
+        return propagate(mask, num_iterations)
+    cells = begin(mask)
+    unite(cells, ids=True)
+    return cells.parents
+
+
+def instances_of(
+    cells: Cells, capacity: int, rest_sizes: Tensor | None = None, ending: Ending | None = None, too_many: float = 0.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Row map, counts and geometry of the components of cells, see `number`; and what `find` ends with (finish.py)."""
+    return number_components(cells, unite(cells, ids=False), capacity, rest_sizes, ending, too_many)
 
 
 def find_instances(
@@ -330,7 +352,7 @@ def find_instances(
     """Row map, counts and geometry of the components of `mask` with more than `min_size` voxels; see `number`."""
     if num_iterations > 0 or min_size > 0:
         return number(launch_components(mask, num_iterations), min_size, capacity, rest_sizes)
-    return number_components(*_label(mask), capacity, rest_sizes)
+    return instances_of(begin(mask), capacity, rest_sizes)
 
 
 def launch_find_instances(

@@ -42,7 +42,9 @@ from torch import Tensor
 
 from .. import ops
 from .blocks import block_size, coordinates, cut
+from .finish import ASSERTING, PARTS_BLOCK, Ending, finish
 from .launches import launch
+from .nodes import Cells, bits_of_row, cell_coordinates, node_of, row_of, rows_of
 
 COLUMNS: tl.constexpr = tl.constexpr(ops.GEOMETRY_COLUMNS)
 SIZE: tl.constexpr = tl.constexpr(ops.SIZE)
@@ -52,6 +54,10 @@ HIGHS: tl.constexpr = tl.constexpr(ops.HIGHS.start)
 # One warp reduces without barriers; 8 voxels a thread share the cost of the loop. Never more threads than lanes: of two
 # threads on one lane, the second could read what the first has written over a name.
 REDUCE_BLOCK, REDUCE_WARPS = 256, 1
+# One cell a thread of one warp: with more, a block is less often background.
+CELLS_BLOCK = 32
+# Blocks a program ranks: in most there is no name.
+RANK_BLOCKS: tl.constexpr = tl.constexpr(8)
 FARTHEST: tl.constexpr = tl.constexpr(2**31 - 1)
 
 
@@ -114,36 +120,40 @@ def _count_kernel(
 @triton.jit
 def _rank_kernel(
     names_ptr,  # (B, V) int32: each id that is used, in its place, which becomes minus its row
-    ends_ptr,  # (B, programs) int32: names up to the end of each block, those of earlier samples included
+    ends_ptr,  # (B, blocks) int32: names up to the end of each block, those of earlier samples included
     counts_ptr,  # (B,) int32
     geometry_ptr,  # (B, capacity, 10) int64
     rest_sizes_ptr,  # (B', rest) int32, of the first B' samples
     V,
+    blocks,
     capacity,
     rest_samples,
     rest,
     BLOCK: tl.constexpr,
 ):
-    program, sample = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    ends_ptr += sample * tl.num_programs(0)
-    earlier = tl.load(ends_ptr - 1, mask=sample > 0, other=0)
-    before = tl.load(ends_ptr + program - 1, mask=sample + program > 0, other=0) - earlier
-    end = tl.load(ends_ptr + program) - earlier
-    if program == tl.num_programs(0) - 1:
-        tl.store(counts_ptr + sample, end)
-    if end > before:  # most blocks have no name, and so nothing to read
-        voxel = program * BLOCK + tl.arange(0, BLOCK)
-        names_ptr += sample * V
-        used = tl.load(names_ptr + voxel, mask=voxel < V, other=0) == voxel + 1
-        row = before + tl.cumsum(used.to(tl.int32), axis=0)
-        tl.store(names_ptr + voxel, -row, mask=used)
-        row_ptr = geometry_ptr + (sample * capacity + row - 1) * COLUMNS
-        in_table = used & (row <= capacity)
-        for column in tl.static_range(COLUMNS):
-            start = FARTHEST if (column >= LOWS) & (column < HIGHS) else (-1 if column >= HIGHS else 0)
-            tl.store(row_ptr + column, tl.full((BLOCK,), start, tl.int64), mask=in_table)
-        in_rest = used & (row > capacity) & (row <= _room(sample, capacity, rest_samples, rest))
-        tl.store(rest_sizes_ptr + sample * rest + row - capacity - 1, tl.zeros_like(row), mask=in_rest)
+    sample = tl.program_id(1).to(tl.int64)
+    earlier = tl.load(ends_ptr + sample * blocks - 1, mask=sample > 0, other=0)
+    ends_ptr += sample * blocks
+    names_ptr += sample * V
+    first = tl.program_id(0) * RANK_BLOCKS
+    before = tl.load(ends_ptr + first - 1, mask=sample + first > 0, other=0) - earlier
+    for block in range(first, tl.minimum(first + RANK_BLOCKS, blocks)):
+        end = tl.load(ends_ptr + block) - earlier
+        if end > before:  # most blocks have no name, and so nothing to read
+            voxel = block * BLOCK + tl.arange(0, BLOCK)
+            used = tl.load(names_ptr + voxel, mask=voxel < V, other=0) == voxel + 1
+            row = before + tl.cumsum(used.to(tl.int32), axis=0)
+            tl.store(names_ptr + voxel, -row, mask=used)
+            row_ptr = geometry_ptr + (sample * capacity + row - 1) * COLUMNS
+            in_table = used & (row <= capacity)
+            for column in tl.static_range(COLUMNS):
+                start = FARTHEST if (column >= LOWS) & (column < HIGHS) else (-1 if column >= HIGHS else 0)
+                tl.store(row_ptr + column, tl.full((BLOCK,), start, tl.int64), mask=in_table)
+            in_rest = used & (row > capacity) & (row <= _room(sample, capacity, rest_samples, rest))
+            tl.store(rest_sizes_ptr + sample * rest + row - capacity - 1, tl.zeros_like(row), mask=in_rest)
+        before = end
+    if first + RANK_BLOCKS >= blocks:
+        tl.store(counts_ptr + sample, before)
 
 
 @triton.jit
@@ -186,6 +196,93 @@ def _geometry_kernel(
             row = tl.where(here, 0, row)
 
 
+@triton.jit
+def _voxels(occupancy, BITS: tl.constexpr):
+    """How many of some voxels of a cell are foreground."""
+    pairs = (occupancy & BITS & 0x55) + ((occupancy & BITS) >> 1 & 0x55)
+    fours = (pairs & 0x33) + (pairs >> 2 & 0x33)
+    return (fours & 0x0F) + (fours >> 4)
+
+
+@triton.jit
+def _add_axis_of_cells(row_ptr, occupancy, position, AXIS: tl.constexpr, FAR: tl.constexpr):
+    """Add the coordinates of cells along one axis to the sums and bounds of a row; FAR bits are one further."""
+    # Two sums fit int32, which a GPU adds at once: at most 8 voxels of CELLS_BLOCK cells, and half of a number's bits.
+    size = _voxels(occupancy, 0xFF)
+    total = tl.sum((position & 0xFFFF) * size + _voxels(occupancy, FAR), axis=0).to(tl.int64)
+    total += tl.sum((position >> 16) * size, axis=0).to(tl.int64) << 16
+    low = position + ((occupancy & (0xFF - FAR)) == 0).to(tl.int32)
+    high = position + ((occupancy & FAR) != 0).to(tl.int32)
+    low = tl.min(tl.where(occupancy != 0, low, FARTHEST), axis=0).to(tl.int64)
+    high = tl.max(tl.where(occupancy != 0, high, -1), axis=0).to(tl.int64)
+    tl.atomic_add(row_ptr + COORDINATE_SUMS + AXIS, total, sem="relaxed")
+    tl.atomic_min(row_ptr + LOWS + AXIS, low, sem="relaxed")
+    tl.atomic_max(row_ptr + HIGHS + AXIS, high, sem="relaxed")
+
+
+@triton.jit
+def _cells_geometry_kernel(
+    cells_ptr,  # (B, N) uint8
+    ids_ptr,  # (B, V) int32: the root of each node, or minus its row; which become rows
+    geometry_ptr,  # (B, capacity, 10) int64
+    rest_sizes_ptr,  # (B', rest) int32, of the first B' samples
+    found_ptr,  # (B,) int32
+    parts_ptr,  # what `finish` takes, or None
+    counts_ptr,
+    sums_ptr,
+    health_ptr,
+    programs,
+    max_kept,
+    D,
+    H,
+    W,
+    N,
+    capacity,
+    rest_samples,
+    rest,
+    TOO_MANY: tl.constexpr,
+    PARTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    EVEN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    cell = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    sample = tl.program_id(1).to(tl.int64)
+    if parts_ptr is not None:
+        samples = tl.num_programs(1) // 2  # of which each has outputs and labels
+        if (tl.program_id(0) == 0) & (sample < samples):
+            finish(
+                sample, samples, found_ptr, parts_ptr, counts_ptr, sums_ptr, health_ptr, programs, max_kept, capacity,
+                TOO_MANY, PARTS,
+            )  # fmt: skip
+    ids_ptr += sample * D * H * W
+    occupancy = tl.load(cells_ptr + sample * N + cell, mask=cell < N, other=0).to(tl.int32)
+    if tl.max(occupancy, axis=0) > 0:  # most cells are background
+        z, y, x = cell_coordinates(cell, H, W)
+        id = tl.load(ids_ptr - 1 + node_of(occupancy, z, y, x, H, W), mask=occupancy != 0, other=0)
+        found = tl.load(ids_ptr - 1 + id, mask=id > 0, other=0)
+        row = tl.where(id > 0, tl.abs(found), -id)  # negative: a root, which holds minus its row
+        for line in tl.static_range(ROWS):
+            voxel, inside = row_of(z, y, x, occupancy != 0, D, H, W, line, EVEN)
+            foreground = bits_of_row(inside, line) & occupancy[:, None]
+            tl.store(ids_ptr + voxel, tl.where(foreground != 0, row[:, None], 0), mask=inside)
+
+        row = tl.where(row <= _room(sample, capacity, rest_samples, rest), row, 0)  # more than promised: nowhere
+        while tl.max(row, axis=0) > 0:
+            largest = tl.max(row, axis=0)
+            here = tl.where(row == largest, occupancy, 0)
+            size = tl.sum(_voxels(here, 0xFF), axis=0)
+            if largest <= capacity:
+                row_ptr = geometry_ptr + (sample * capacity + largest - 1) * COLUMNS
+                tl.atomic_add(row_ptr + SIZE, size.to(tl.int64), sem="relaxed")
+                _add_axis_of_cells(row_ptr, here, z, 0, 0xF0)
+                _add_axis_of_cells(row_ptr, here, y, 1, 0xCC)
+                _add_axis_of_cells(row_ptr, here, x, 2, 0xAA)
+            else:
+                tl.atomic_add(rest_sizes_ptr + sample * rest + largest - capacity - 1, size, sem="relaxed")
+            row = tl.where(row == largest, 0, row)
+
+
 def blocks_of(ids: Tensor) -> tuple[int, int]:
     """Lanes of a program and programs a sample: the blocks in which names are counted and ranked."""
     num_voxels = ids.shape[1:].numel()
@@ -208,37 +305,57 @@ def number(
     if ids.numel() > 0:
         launch(_tally_kernel, (programs, batch), ids, names, num_voxels, min_size > 0, block, num_warps=REDUCE_WARPS)
         launch(_count_kernel, (programs, batch), names, parts, num_voxels, min_size, block, num_warps=REDUCE_WARPS)
-    return _rank_and_measure(ids, names, parts, capacity, rest_sizes)
+    counts, geometry, rest_sizes = _rank(names, parts, capacity, rest_sizes)
+    if ids.numel() > 0:
+        launch(_geometry_kernel, (programs, batch),
+            ids, names, geometry, rest_sizes, num_voxels, *ids.shape[2:], capacity, *rest_sizes.shape, block,
+            num_warps=REDUCE_WARPS,
+        )  # fmt: skip
+    return ids, counts, geometry
 
 
 def number_components(
-    ids: Tensor, roots: Tensor, capacity: int, rest_sizes: Tensor | None = None
+    cells: Cells,
+    roots: Tensor,
+    capacity: int,
+    rest_sizes: Tensor | None = None,
+    ending: Ending | None = None,
+    too_many: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same of ids of union-find, of which all are used; `roots` (B, programs) int32 counts them in each block."""
-    return _rank_and_measure(ids, ids, roots, capacity, rest_sizes)
+    """The same of united cells, whose parents become the row map; `roots` (B, blocks) int32 counts them in each block.
+
+    It also writes what `find` ends with, if that is given.
+    """
+    of_bytes, ids = cells
+    batch, *shape = ids.shape
+    counts, geometry, rest_sizes = _rank(ids, roots, capacity, rest_sizes)
+    if ids.numel() > 0:
+        num_cells = of_bytes.shape[1]
+        block = block_size(num_cells, CELLS_BLOCK)
+        end, parts_block, options = (None,) * 4 + (0, 0), 0, {}
+        if ending is not None:
+            end, parts_block, options = ending, block_size(ending.programs, PARTS_BLOCK), ASSERTING
+        launch(_cells_geometry_kernel, (cut(num_cells, block), batch),
+            of_bytes, ids, geometry, rest_sizes, counts, *end, *shape, num_cells, capacity, *rest_sizes.shape,
+            too_many, parts_block, *rows_of(shape), block, num_warps=REDUCE_WARPS, **options,
+        )  # fmt: skip
+    return ids, counts, geometry
 
 
-def _rank_and_measure(
-    ids: Tensor, names: Tensor, parts: Tensor, capacity: int, rest_sizes: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The same of ids and their names, whose places are used up; `parts` (B, programs) int32 counts them by block."""
-    batch, depth, height, width = ids.shape
-    counts = torch.empty(batch, dtype=torch.int32, device=ids.device)
-    geometry = torch.empty((batch, capacity, ops.GEOMETRY_COLUMNS), dtype=torch.int64, device=ids.device)
-    if ids.numel() == 0:
-        return ids, counts.zero_(), geometry
+def _rank(names: Tensor, parts: Tensor, capacity: int, rest_sizes: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Give names their rows; `parts` (B, blocks) int32 counts them. How many there are, and tables with such rows."""
+    batch, num_voxels = len(names), names.shape[1:].numel()
+    counts = torch.empty(batch, dtype=torch.int32, device=names.device)
+    geometry = torch.empty((batch, capacity, ops.GEOMETRY_COLUMNS), dtype=torch.int64, device=names.device)
     if rest_sizes is None:
-        rest_sizes = ids.new_empty((0, 0))
-    num_voxels = depth * height * width
-    block, programs = blocks_of(ids)
+        rest_sizes = names.new_empty((0, 0))
+    if names.numel() == 0:
+        return counts.zero_(), geometry, rest_sizes
+    block, num_blocks = blocks_of(names)
     # One flat cumsum: along the last axis of a few long rows, torch's runs on a few threads.
     ends = parts.flatten().cumsum(0, dtype=torch.int32)
-    launch(_rank_kernel, (programs, batch),
-        names, ends, counts, geometry, rest_sizes, num_voxels, capacity, *rest_sizes.shape, block,
+    launch(_rank_kernel, (cut(num_blocks, RANK_BLOCKS.value), batch),
+        names, ends, counts, geometry, rest_sizes, num_voxels, num_blocks, capacity, *rest_sizes.shape, block,
         num_warps=REDUCE_WARPS,
     )  # fmt: skip
-    launch(_geometry_kernel, (programs, batch),
-        ids, names, geometry, rest_sizes, num_voxels, height, width, capacity, *rest_sizes.shape, block,
-        num_warps=REDUCE_WARPS,
-    )  # fmt: skip
-    return ids, counts, geometry
+    return counts, geometry, rest_sizes

@@ -201,6 +201,39 @@ def _sum_instances_kernel(
 
 
 @triton.jit
+def _of_outputs(
+    a, out, lab, sample, grad_sums_ptr, grad_excess_ptr, capacity, QUANTITY: tl.constexpr, NO_TP: tl.constexpr
+):
+    """Gradient of a, from those of the sums of outputs."""
+    here = (out > 0) & (out <= capacity)
+    row = sample * capacity + out - 1
+    row_ptr = grad_sums_ptr + row * GRADIENT_COLUMNS
+    grad = tl.load(row_ptr + MASS, mask=here, other=0.0)
+    grad += tl.load(row_ptr + INTERSECTION, mask=here & (lab > 0), other=0.0)
+    slope = phi_derivative(a, (lab > 0).to(a.dtype), QUANTITY)
+    grad += _times(tl.load(row_ptr + COST, mask=here, other=0.0), slope, here)
+    excess = phi_derivative(a, tl.zeros_like(a), QUANTITY)
+    if NO_TP:
+        excess = tl.where(lab != 0, 0.0, phi_derivative(a * a, tl.zeros_like(a), QUANTITY) * a)
+    grad_excess = tl.load(grad_excess_ptr + row, mask=here, other=0.0)
+    return grad + _times(grad_excess, excess, here)
+
+
+@triton.jit
+def _of_labels(a, out, lab, sample, kept, grad_sums_ptr, capacity, QUANTITY: tl.constexpr, NO_TP: tl.constexpr):
+    """Gradient of a, from those of the sums of labels."""
+    here = (lab > 0) & (lab <= capacity)
+    inside = here & (out > 0) & (out <= kept)
+    row_ptr = grad_sums_ptr + ((tl.num_programs(1) + sample) * capacity + lab - 1) * GRADIENT_COLUMNS
+    grad = tl.load(row_ptr + MASS, mask=here, other=0.0)
+    grad += tl.load(row_ptr + INTERSECTION, mask=inside, other=0.0)
+    slope = phi_derivative(a, tl.zeros_like(a) + 1, QUANTITY)
+    if not NO_TP:
+        slope = slope - phi_derivative(a, tl.zeros_like(a), QUANTITY)
+    return grad + _times(tl.load(row_ptr + COST, mask=inside, other=0.0), slope, inside)
+
+
+@triton.jit
 def _of_instances(
     x,
     out,
@@ -216,52 +249,38 @@ def _of_instances(
     ACTIVATION: tl.constexpr,
 ):
     """Gradient of a, from those of the sums of instances and of the whole sample."""
-    B = tl.num_programs(1)
-    kept = tl.load(counts_ptr + KEPT * B + sample)
-    foreground, y = out != 0, (lab != 0).to(x.dtype)
-    a = x if ACTIVATION == NONE else foreground.to(x.dtype)
-    in_out = (out > 0) & (out <= capacity)
-    in_lab = (lab > 0) & (lab <= capacity)
-    inside = in_lab & (out > 0) & (out <= kept)
-    on_label = (lab > 0).to(x.dtype)
-    slope_0 = phi_derivative(a, tl.zeros_like(a), QUANTITY)
-    slope_1 = phi_derivative(a, tl.zeros_like(a) + 1, QUANTITY)
-    excess = tl.where(y > 0, 0.0, phi_derivative(a * a, tl.zeros_like(a), QUANTITY) * a) if NO_TP else slope_0
-
-    row_ptr = grad_sums_ptr + (sample * capacity + out - 1) * GRADIENT_COLUMNS
-    grad = tl.load(row_ptr + MASS, mask=in_out, other=0.0)
-    grad += tl.load(row_ptr + INTERSECTION, mask=in_out & (lab > 0), other=0.0)
-    grad += _times(tl.load(row_ptr + COST, mask=in_out, other=0.0), phi_derivative(a, on_label, QUANTITY), in_out)
-    grad_excess = tl.load(grad_excess_ptr + sample * capacity + out - 1, mask=in_out, other=0.0)
-    grad += _times(grad_excess, excess, in_out)
-
-    row_ptr = grad_sums_ptr + ((B + sample) * capacity + lab - 1) * GRADIENT_COLUMNS
-    grad += tl.load(row_ptr + MASS, mask=in_lab, other=0.0)
-    grad += tl.load(row_ptr + INTERSECTION, mask=inside, other=0.0)
-    slope = slope_1 if NO_TP else slope_1 - slope_0
-    grad += _times(tl.load(row_ptr + COST, mask=inside, other=0.0), slope, inside)
-
-    slope = phi_derivative(a, y, QUANTITY).to(tl.float64)
-    if ACTIVATION != NONE:
-        slope = tl.where(foreground | (y > 0), slope, 0.0)
-    return grad + tl.load(sample_ptr) * y.to(tl.float64) + tl.load(sample_ptr + 1) * slope
+    kept = tl.load(counts_ptr + KEPT * tl.num_programs(1) + sample)
+    a = x if ACTIVATION == NONE else (out != 0).to(x.dtype)
+    grad = tl.zeros(x.shape, tl.float64)
+    if tl.max(out, axis=0) > 0:
+        grad += _of_outputs(a, out, lab, sample, grad_sums_ptr, grad_excess_ptr, capacity, QUANTITY, NO_TP)
+    if tl.max(lab, axis=0) > 0:
+        grad += _of_labels(a, out, lab, sample, kept, grad_sums_ptr, capacity, QUANTITY, NO_TP)
+    by_both, by_a = tl.load(sample_ptr), tl.load(sample_ptr + 1)
+    if (by_both != 0) | (by_a != 0):  # most samples have instances on both sides
+        y = (lab != 0).to(x.dtype)
+        slope = phi_derivative(a, y, QUANTITY).to(tl.float64)
+        if ACTIVATION != NONE:
+            slope = tl.where((out != 0) | (lab != 0), slope, 0.0)
+        grad += by_both * y.to(tl.float64) + by_a * slope
+    return grad
 
 
 @triton.jit
-def _of_mistakes(out, lab, sample, grad_terms_ptr, slopes_ptr, sample_ptr, rest_sizes_ptr, touched_ptr, capacity, rest):
-    """Gradients of false and of missed instances at their voxels."""
-    in_out, in_lab = (out > 0) & (out <= capacity), (lab > 0) & (lab <= capacity)
-    out_row, lab_row = sample * capacity + out - 1, (tl.num_programs(1) + sample) * capacity + lab - 1
-    false = tl.load(slopes_ptr + out_row * SLOPES_COLUMNS + BY_FALSE, mask=in_out, other=0.0)
-    missed = tl.load(slopes_ptr + lab_row * SLOPES_COLUMNS + BY_FALSE, mask=in_lab, other=0.0)
-    false *= tl.load(grad_terms_ptr + FALSE_INSTANCES)
-    missed *= tl.load(grad_terms_ptr + MISSED_INSTANCES)
-    in_rest = (out > capacity) & (out <= capacity + rest)
+def _of_mistakes(row_ptr, row, capacity):
+    """Slopes of false or of missed instances at their voxels, of one side of a sample."""
+    here = (row > 0) & (row <= capacity)
+    return tl.load(row_ptr + (row.to(tl.int64) - 1) * SLOPES_COLUMNS + BY_FALSE, mask=here, other=0.0)
+
+
+@triton.jit
+def _of_rest(out, sample, sample_ptr, rest_sizes_ptr, touched_ptr, capacity, rest):
+    """Gradients of false instances beyond the tables at their voxels."""
+    here = (out > capacity) & (out <= capacity + rest)
     row = sample * rest + out - capacity - 1
-    size = tl.load(rest_sizes_ptr + row, mask=in_rest, other=1)
-    touched = tl.load(touched_ptr + row, mask=in_rest, other=1)
-    false += tl.where(touched, 0.0, tl.load(sample_ptr + BY_REST) / size.to(tl.float64))
-    return false, missed
+    size = tl.load(rest_sizes_ptr + row, mask=here, other=1)
+    touched = tl.load(touched_ptr + row, mask=here, other=1)
+    return tl.where(touched, 0.0, tl.load(sample_ptr + BY_REST) / size.to(tl.float64))
 
 
 @triton.jit
@@ -312,9 +331,12 @@ def _sum_instances_backward_kernel(
             QUANTITY, NO_TP, ACTIVATION,
         )  # fmt: skip
         if MISTAKES != NO_GRADIENT:
-            false, missed = _of_mistakes(
-                out, lab, sample, grad_terms_ptr, slopes_ptr, sample_ptr, rest_sizes_ptr, touched_ptr, capacity, rest
-            )
+            row_ptr = slopes_ptr + sample * capacity * SLOPES_COLUMNS
+            false = tl.load(grad_terms_ptr + FALSE_INSTANCES) * _of_mistakes(row_ptr, out, capacity)
+            row_ptr += B.to(tl.int64) * capacity * SLOPES_COLUMNS
+            missed = tl.load(grad_terms_ptr + MISSED_INSTANCES) * _of_mistakes(row_ptr, lab, capacity)
+            if tl.max(out, axis=0) > capacity:
+                false += _of_rest(out, sample, sample_ptr, rest_sizes_ptr, touched_ptr, capacity, rest)
     if MISTAKES == OF_MEAN:
         grad += false + missed
     if PIXEL != NOT_FUSED:

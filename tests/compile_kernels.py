@@ -172,6 +172,7 @@ def call_launchers(sides, capacity, rest):
         room["instances"].launch_find(  # "as many as there are"
             *volumes, None, activation, threshold, *pixel, 0, 0, 2**40, 50.0, capacity, rest
         )
+        room["instances"].launch_find(*volumes, None, activation, threshold, *pixel, 0, 2, 50, 50.0, capacity, rest)
         for quantity, no_tp, mistakes in ((4, True, OF_LOGARITHM), (3, False, OF_MEAN), (0, True, NO_GRADIENT)):
             case = (*volumes, sites, pairs, touched, counts, activation, quantity, no_tp, *pixel, mistakes)
             room["tables"].launch_sum_instances_backward(of_terms, slopes[0], *grads, *case)

@@ -265,7 +265,7 @@ def test_find_adds_up_what_programs_wrote(monkeypatch, broken):
     activation, instances = (
         importlib.import_module(f"triton_instance_loss.kernels.{room}") for room in ("activation", "instances")
     )
-    monkeypatch.setattr(activation, "ACTIVATE_BLOCK", 64)
+    monkeypatch.setattr(activation, "ACTIVATE_TILES", 1)
     monkeypatch.setattr(instances, "PARTS_BLOCK", 4)
     x, labels = random_volumes((3, 5, 11, 13), torch.float64, torch.float64)
     if broken:

@@ -18,7 +18,7 @@ from kernel_cases import (
 
 pytest.importorskip("triton")
 
-from triton_instance_loss.kernels import components, numbering
+from triton_instance_loss.kernels import components, nodes, numbering
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -158,15 +158,17 @@ def test_number_instances_random(shape, min_size):
     assert_same_instances(components.launch_number_instances(ids, min_size, 12), 12, expected)
 
 
-def test_ids_are_numbered_in_place():
-    ids = torch.tensor([[2, 2, 0, 4], [0, 2, 3, 4], [0, 0, 0, 0]], dtype=torch.int32, device=DEVICE).view(3, 1, 1, 4)
+def test_components_are_numbered_in_place():
+    parents = torch.tensor([[0, 2, 0, 4, 0, 0], [0, 2, 0, 4, 0, 6], [0] * 6], dtype=torch.int32, device=DEVICE)
+    parents = parents.view(3, 1, 1, 6)
+    of_bytes = torch.tensor([[3, 2, 0], [2, 2, 2], [0, 0, 0]], dtype=torch.uint8, device=DEVICE)
     roots = torch.tensor([[2], [3], [0]], dtype=torch.int32, device=DEVICE)
-    rows, counts, geometry = numbering.number_components(ids, roots, 3)
-    assert rows.flatten(1).tolist() == [[1, 1, 0, 2], [0, 1, 2, 3], [0, 0, 0, 0]]
-    assert rows.data_ptr() == ids.data_ptr()
+    rows, counts, geometry = numbering.number_components(nodes.Cells(of_bytes, parents), roots, 3)
+    assert rows.flatten(1).tolist() == [[1, 1, 0, 2, 0, 0], [0, 1, 0, 2, 0, 3], [0] * 6]
+    assert rows.data_ptr() == parents.data_ptr()
     assert counts.tolist() == [2, 3, 0]
     assert geometry[0, :2].tolist() == [[2, 0, 0, 1, 0, 0, 0, 0, 0, 1], [1, 0, 0, 3, 0, 0, 3, 0, 0, 3]]
-    assert geometry[1].tolist() == [[1, 0, 0, x, 0, 0, x, 0, 0, x] for x in (1, 2, 3)]
+    assert geometry[1].tolist() == [[1, 0, 0, x, 0, 0, x, 0, 0, x] for x in (1, 3, 5)]
 
 
 def test_find_instances_drawn_without_smallest_size():
