@@ -154,7 +154,11 @@ def tables(results: Results) -> list[list[list[str]]]:
     for arm, runs in by_arm(results).items():
         columns = [[run[name] for run in runs] for name in OVERALL]
         columns.append([recall_at(run["curve"], at) for run in runs])
-        cells = [f"{mean(values):.3f} ({min(values):.3f}..{max(values):.3f})" for values in columns]
+        # (a run that has more false outputs at every threshold has no recall at so few)
+        cells = [
+            "-" if np.isnan(values).any() else f"{mean(values):.3f} ({min(values):.3f}..{max(values):.3f})"
+            for values in columns
+        ]
         overall.append([arm, *cells, f"x {of_arm[arm]:.2f}" if arm in of_arm else ""])
         sizes = [f"{value:.2f}" for value in recalls(runs) + false_outputs(runs, results["images"]["test"])]
         by_size.append([arm, *sizes])
