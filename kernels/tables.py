@@ -78,8 +78,9 @@ OF_LOGARITHM: tl.constexpr = tl.constexpr(ops.OF_LOGARITHM)
 # For one warp (pairs.py), which reduces without barriers. A soft output or a cross entropy has several numbers a voxel
 # to keep instead of one; in a block of 256, some would not fit the registers.
 SUMS_BLOCK, LONG_SUMS_BLOCK = 256, 128
-# Four voxels a thread of one warp, so that a block of background is found without a barrier.
-GRADIENT_BLOCK, GRADIENT_WARPS = 128, 1
+# Four voxels a thread of one warp, so that a block of background is found without a barrier; two of float64, of which
+# more would not fit the registers.
+GRADIENT_BLOCK, WIDE_GRADIENT_BLOCK, GRADIENT_WARPS = 128, 64, 1
 CLEAR_BLOCK = 256
 
 
@@ -257,13 +258,11 @@ def _of_instances(
     if tl.max(lab, axis=0) > 0:
         grad += _of_labels(a, out, lab, sample, kept, grad_sums_ptr, capacity, QUANTITY, NO_TP)
     by_both, by_a = tl.load(sample_ptr), tl.load(sample_ptr + 1)
-    if (by_both != 0) | (by_a != 0):  # most samples have instances on both sides
-        y = (lab != 0).to(x.dtype)
-        slope = phi_derivative(a, y, QUANTITY).to(tl.float64)
-        if ACTIVATION != NONE:
-            slope = tl.where((out != 0) | (lab != 0), slope, 0.0)
-        grad += by_both * y.to(tl.float64) + by_a * slope
-    return grad
+    y = (lab != 0).to(x.dtype)
+    slope = phi_derivative(a, y, QUANTITY).to(tl.float64)
+    if ACTIVATION != NONE:
+        slope = tl.where((out != 0) | (lab != 0), slope, 0.0)
+    return grad + by_both * y.to(tl.float64) + by_a * slope
 
 
 @triton.jit
@@ -421,7 +420,7 @@ def launch_sum_instances_backward(
     if batch * num_voxels == 0:
         return grad_x
     grad_excess = sum_neighbours_backward(pairs, grad_sums, counts)
-    block = block_size(num_voxels, GRADIENT_BLOCK)
+    block = block_size(num_voxels, WIDE_GRADIENT_BLOCK if x.dtype == torch.float64 else GRADIENT_BLOCK)
     launch(_sum_instances_backward_kernel, (cut(num_voxels, block), batch),
         grad_terms, slopes, grad_sums, grad_excess, grad_sample_sums, grad_pixel_sums, x, labels, *sites,
         touched, counts, grad_x, num_voxels, capacity, touched.shape[1],
