@@ -9,7 +9,8 @@ project = "triton_instance_loss"
 release = version = triton_instance_loss.__version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 html_theme = "furo"
-html_title = f"{project} {version}"
+html_title = f"triton instance loss {version}"
+html_show_copyright = False
 myst_heading_anchors = 3  # links to headings, as GitHub makes them
 default_role = "code"  # `name`, as the docstrings write it
 napoleon_custom_sections = ["Source"]
