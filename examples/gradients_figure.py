@@ -1,16 +1,18 @@
-"""The picture of docs/gradients.md: the gradient of each term on a drawn image, as published and as here.
+"""The pictures of docs/gradients.md and docs/losses.md: gradients on a drawn image, of each term and of each loss.
 
-python examples/gradients_figure.py docs/images/gradients.png
+python examples/gradients_figure.py docs/images/gradients.png docs/images/losses.png
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from instance_report import Parser
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from monai.losses import DiceCELoss
 
-from triton_instance_loss import InstanceLoss
+from triton_instance_loss import BlobLoss, CCLoss, ComponentTverskyLoss, FalseComponentLoss, InstanceLoss, WeightedSum
 
 HEIGHT, WIDTH = 18, 56
 # Row, column, radius. From left to right: a matched label, a missed one, a false output, two labels under one output.
@@ -55,34 +57,46 @@ def gradients(activation: str, gradients: str) -> dict[str, torch.Tensor]:
     return found
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Draw a row for each term, a column for each mode."""
-    parser = Parser(description="Draw the gradient of each term, as published and as here.")
-    parser.add_argument("path", type=Path, nargs="?", default=Path("docs/images/gradients.png"))
-    path = parser.parse_args(arguments).path
-    if not path.absolute().parent.is_dir():
-        parser.error(f"no folder {path.absolute().parent}")
+LOSSES = {
+    "Dice + cross entropy": DiceCELoss(sigmoid=True),
+    "WeightedSum(InstanceLoss)": WeightedSum(InstanceLoss(spatial_dims=2, rate_instead_number=True)),
+    "BlobLoss": BlobLoss(spatial_dims=2),
+    "ComponentTverskyLoss (CATMIL)": ComponentTverskyLoss(spatial_dims=2),
+    "CCLoss (CC-DiceCE)": CCLoss(spatial_dims=2),
+    "CCLoss(alpha=0.5) (BiCC)": CCLoss(alpha=0.5, spatial_dims=2),
+    "FalseComponentLoss": FalseComponentLoss(spatial_dims=2),
+}
 
+
+def gradients_of_losses() -> dict[str, torch.Tensor]:
+    """By loss, the gradient by the logits, (H, W)."""
+    found = {}
+    for name, loss in LOSSES.items():
+        logits, labels = scene()
+        logits.requires_grad_()
+        loss(logits, labels).backward()
+        found[name] = logits.grad[0, 0]
+    return found
+
+
+def draw(axes: Any, gradient: torch.Tensor, largest: float, title: str | None) -> None:
+    """One gradient: brown where a step of training raises the output, purple where it lowers it."""
     logits, labels = scene()
-    found = {mode: gradients(**options) for mode, options in MODES.items()}
-    terms = list(found['here, "sigmoid"'])
-    figure = Figure(figsize=(13.6, 9.6), dpi=110, layout="constrained")
-    for axes_row, term in zip(figure.subplots(len(terms), len(MODES)), terms, strict=True):
-        largest = max(float(by_term[term].abs().max()) for by_term in found.values())
-        for axes, (mode, by_term) in zip(axes_row, found.items(), strict=True):
-            # Brown where a step of training raises the output, purple where it lowers it; one scale a row.
-            axes.imshow(-by_term[term], cmap="PuOr_r", vmin=-largest, vmax=largest)
-            axes.contour(labels[0, 0], levels=[0.5], colors="#222222", linewidths=1.3)
-            axes.contour(logits[0, 0], levels=[0.0], colors="#222222", linewidths=1, linestyles=":")
-            axes.set(xticks=[], yticks=[])
-            if not by_term[term].any():
-                axes.text(0.5, 0.06, "zero", ha="center", fontsize=9, color="#777777", transform=axes.transAxes)
-            if term == terms[0]:
-                axes.set_title(mode, fontsize=12, pad=20)
-                axes.xaxis.tick_top()
-                axes.set_xticks(list(PLACES.values()), list(PLACES), fontsize=9)
-                axes.tick_params(length=0)
-        axes_row[0].set_ylabel(term, fontsize=9)
+    axes.imshow(-gradient, cmap="PuOr_r", vmin=-largest, vmax=largest)
+    axes.contour(labels[0, 0], levels=[0.5], colors="#222222", linewidths=1.3)
+    axes.contour(logits[0, 0], levels=[0.0], colors="#222222", linewidths=1, linestyles=":")
+    axes.set(xticks=[], yticks=[])
+    if not gradient.any():
+        axes.text(0.5, 0.06, "zero", ha="center", fontsize=9, color="#777777", transform=axes.transAxes)
+    if title is not None:
+        axes.set_title(title, fontsize=12, pad=20)
+        axes.xaxis.tick_top()
+        axes.set_xticks(list(PLACES.values()), list(PLACES), fontsize=9)
+        axes.tick_params(length=0)
+
+
+def with_legend(figure: Figure) -> Figure:
+    """The figure with what its lines and colours mean."""
     lines = [
         Line2D([], [], color="#222222", linewidth=1.3, label="label"),
         Line2D([], [], color="#222222", linewidth=1, linestyle=":", label="output"),
@@ -90,10 +104,49 @@ def main(arguments: list[str] | None = None) -> None:
         Line2D([], [], color="#542788", linewidth=6, label="training lowers it"),
     ]
     figure.legend(handles=lines, loc="outside lower center", ncols=len(lines), frameon=False, fontsize=11)
-    try:
-        figure.savefig(path, format="png", metadata={"Software": None})
-    except OSError as error:
-        parser.error(str(error))
+    return figure
+
+
+def figure_of_terms() -> Figure:
+    """A row for each term with one scale, a column for each mode."""
+    found = {mode: gradients(**options) for mode, options in MODES.items()}
+    terms = list(found['here, "sigmoid"'])
+    figure = Figure(figsize=(13.6, 9.6), dpi=110, layout="constrained")
+    for axes_row, term in zip(figure.subplots(len(terms), len(MODES)), terms, strict=True):
+        largest = max(float(by_term[term].abs().max()) for by_term in found.values())
+        for axes, (mode, by_term) in zip(axes_row, found.items(), strict=True):
+            draw(axes, by_term[term], largest, mode if term == terms[0] else None)
+        axes_row[0].set_ylabel(term, fontsize=9)
+    return with_legend(figure)
+
+
+def figure_of_losses() -> Figure:
+    """A panel for each loss, with a scale of its own."""
+    found = gradients_of_losses()
+    figure = Figure(figsize=(9, 8.2), dpi=110, layout="constrained")
+    panels = figure.subplots((len(found) + 1) // 2, 2).ravel()
+    for axes in panels[len(found) :]:
+        axes.axis("off")
+    for axes, (name, gradient) in zip(panels, found.items(), strict=False):
+        draw(axes, gradient, float(gradient.abs().max()), name)
+    return with_legend(figure)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Draw both pictures."""
+    parser = Parser(description="Draw the gradient of each term, as published and as here, and of each loss.")
+    parser.add_argument("path", type=Path, nargs="?", default=Path("docs/images/gradients.png"), help="of the terms")
+    parser.add_argument("losses", type=Path, nargs="?", help="of the losses; left out, they are not drawn")
+    given = parser.parse_args(arguments)
+    for path, make in ((given.path, figure_of_terms), (given.losses, figure_of_losses)):
+        if path is None:
+            continue
+        if not path.absolute().parent.is_dir():
+            parser.error(f"no folder {path.absolute().parent}")
+        try:
+            make().savefig(path, format="png", metadata={"Software": None})
+        except OSError as error:
+            parser.error(str(error))
 
 
 if __name__ == "__main__":

@@ -155,8 +155,9 @@ def test_readme_figure(tmp_path):
 
 
 def test_gradients_figure(run_here, tmp_path):
-    printed_by(run_here("gradients_figure.py", "figure.png"))
+    printed_by(run_here("gradients_figure.py", "figure.png", "losses.png"))
     assert_picture(tmp_path / "figure.png", least=700)
+    assert_picture(tmp_path / "losses.png", least=700)
 
 
 FEW = ("--steps", 5, "--channels", 4, 8, "--arms")
