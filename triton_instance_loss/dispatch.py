@@ -109,11 +109,16 @@ def _is_overheard() -> bool:
 
 
 def _are_plain(args: Iterable[Any]) -> bool:
-    """Whether tensors among the arguments have nothing around them; transforms were looked for before."""
+    """Whether tensors among the arguments have nothing around them."""
     for arg in args:
         kind = type(arg)
-        if kind is list and not _are_plain(arg):
-            return False
-        if kind is not Tensor and issubclass(kind, Tensor):
+        if kind is list:
+            if not _are_plain(arg):
+                return False
+        elif kind is Tensor:
+            # (a transform that is not active at this level may have wrapped it)
+            if torch._C._functorch.is_functorch_wrapped_tensor(arg):
+                return False
+        elif issubclass(kind, Tensor):
             return False
     return True
