@@ -295,7 +295,24 @@ def test_launches_and_bytes_do_not_grow():
         assert row["held_bytes_per_voxel"] <= min(24, most["held_bytes_per_voxel"] + 0.1)
 
 
-def test_the_readme_quotes_the_stored_rows():
+def test_the_pages_quote_the_stored_rows():
+    """Tables of docs/performance.md as they are made, and the ratios of the README."""
     root = Path(__file__).parents[1]
     stored = plot.load([root / "bench/results/cpu.jsonl"])
-    assert plot.table(stored, "step_cpu") in (root / "README.md").read_text()
+    page, readme = (root / "docs/performance.md").read_text(), (root / "README.md").read_text()
+    for entry in ("step_cpu", "component_losses", "step_small"):
+        assert plot.table(stored, entry) in page, entry
+    ratios = {}
+    for row in stored:  # the latest is the last
+        if row.get("case") in ("lesions 1 x 128^3", "2 x 8^3") and "ratio" in row:
+            ratios[row["entry"], row["provider"]] = row["ratio"]
+    shown = {
+        "`WeightedSum(InstanceLoss())`": (ratios["step_cpu", "ours, defaults"], ratios["host", "WeightedSum"]),
+        "`CCLoss(alpha=0.5)`": [ratios[entry, "CCLoss(alpha=0.5), BiCC"] for entry in ("component_losses", "host")],
+    }
+    for name in ("BlobLoss", "CCLoss", "ComponentTverskyLoss", "FalseComponentLoss"):
+        shown[f"`{name}`"] = [ratios[entry, name] for entry in ("component_losses", "host")]
+    for name, (on_cpu, on_host) in shown.items():
+        cells = f"{on_cpu:.0f}" if on_cpu >= 10 else f"{on_cpu:.1f}", f"{on_host:.1f}"
+        pattern = rf"\| {re.escape(name)}[^|]* \| {re.escape(cells[0])}[^|]* \| {re.escape(cells[1])} \|"
+        assert re.search(pattern, readme), (name, cells)
