@@ -58,6 +58,11 @@ def to_volume(value: Tensor) -> Tensor:
     return (value.unsqueeze(1) if value.ndim == 3 else value).contiguous()
 
 
+def for_each_class(value: Tensor, options: Options) -> Tensor:
+    """The volume of what all classes share, (B, 1, *spatial): each of them sees it."""
+    return to_volume(value.expand(-1, len(options.classes), *value.shape[2:]))
+
+
 def without_autocast(device: str) -> AbstractContextManager[None]:
     """A context in which nothing is cast; where nothing would be, it costs nothing."""
     if torch.compiler.is_compiling() or torch.is_autocast_enabled(device):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .activation import activation_of, to_volume
+from .activation import activation_of, for_each_class
 from .components import capacity_bound, rows_of_tables
 from .options import Options
 
@@ -44,7 +44,7 @@ def find(
     bound = capacity_bound(x.shape, options.num_iterations)
     ids = None
     if cc_label_batch is not None:
-        ids = to_volume(cc_label_batch.expand(-1, len(options.classes), *cc_label_batch.shape[2:]))
+        ids = for_each_class(cc_label_batch, options)
         if ops.backend(x) == "triton":  # the CPU looks at labels anyway
             ids = ids * (labels > 0.5)
         bound = x[0].numel()

@@ -12,6 +12,7 @@ from . import checks, ops, quantities
 from .activation import (
     Given,
     check_and_widen,
+    for_each_class,
     health_of,
     to_activate,
     to_compare,
@@ -207,8 +208,7 @@ def _spread(mask: Tensor, axis: int) -> Tensor:
 def _with_output_ids(x: Tensor, found: Found, ids: Tensor, options: Options) -> Found:
     """`found` with the sets of equal ids as outputs, inside the foreground."""
     foreground, *_ = ops.row_maps(x, list(found.sites))
-    volume = to_volume(ids.expand(-1, len(options.classes), *ids.shape[2:]))
-    return _with_rows(x, found, ops.OUTPUTS, torch.where(foreground, volume, 0), options)
+    return _with_rows(x, found, ops.OUTPUTS, torch.where(foreground, for_each_class(ids, options), 0), options)
 
 
 def _with_rows(x: Tensor, found: Found, side: int, ids: Tensor, options: Options) -> Found:

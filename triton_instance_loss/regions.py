@@ -11,7 +11,15 @@ import torch
 from torch import Tensor
 
 from . import checks, ops, quantities
-from .activation import carrier_of, check_and_widen, health_of, to_activate, to_compare, to_volume, without_autocast
+from .activation import (
+    carrier_of,
+    check_and_widen,
+    for_each_class,
+    health_of,
+    to_activate,
+    to_compare,
+    without_autocast,
+)
 from .components import capacity_bound, rows_of_tables
 from .instances import Found, find
 from .options import Options, of_volume
@@ -111,15 +119,13 @@ class Scene:
             bound = capacity_bound(mask.shape, None)
             labelled: tuple[Tensor, Tensor, Tensor] = ops.find_instances(mask, 0, 0, rows_of_tables(self.truth, bound))
             return labelled
-        ids = to_volume(ids.expand(-1, len(self.options.classes), *ids.shape[2:])) * mask
+        ids = for_each_class(ids, self.options) * mask
         labelled = ops.number_instances(ids, 0, rows_of_tables(self.truth, mask[0].numel()))
         return labelled
 
     def _but_ignored(self, rows: Tensor) -> Tensor:
         ignored = self.given.ignored
-        if ignored is None:
-            return rows
-        return rows.masked_fill(to_volume(ignored.expand(-1, len(self.options.classes), *ignored.shape[2:])), -1)
+        return rows if ignored is None else rows.masked_fill(for_each_class(ignored, self.options), -1)
 
 
 class RegionLoss(torch.autograd.Function):
