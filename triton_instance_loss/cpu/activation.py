@@ -101,9 +101,13 @@ class Places(NamedTuple):
     labels: Numbers
 
 
+def ends_of_samples(voxels: Indices, x: Tensor) -> Indices:
+    """Where the places of each sample end, and the first begin: (B + 1,)."""
+    return np.searchsorted(voxels, (x[0].numel() if len(x) else 0) * np.arange(len(x) + 1))
+
+
 def gather(voxels: Indices, out: Rows, lab: Rows, x: Tensor, labels: Tensor, activation: int, pixel: int) -> Places:
     """What is at some voxels, as far as the activation and the pixel term look at it."""
-    ends = np.searchsorted(voxels, (x[0].numel() if len(x) else 0) * np.arange(len(x) + 1))
     there = x.numpy().reshape(-1)[voxels]
     p = (torch.from_numpy(there).sigmoid_().numpy() if activation == ops.SIGMOID else there).astype(np.float64)
     values = truths = p
@@ -111,7 +115,7 @@ def gather(voxels: Indices, out: Rows, lab: Rows, x: Tensor, labels: Tensor, act
         values = x.numpy().reshape(-1)[voxels].astype(np.float64)
     if pixel in (RAW, HARD):
         truths = labels.numpy().reshape(-1)[voxels].astype(np.float64)
-    return Places(ends, out, lab, values, p, truths)
+    return Places(ends_of_samples(voxels, x), out, lab, values, p, truths)
 
 
 @compiled

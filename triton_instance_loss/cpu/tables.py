@@ -21,22 +21,27 @@ from .quantities import phi, phi_derivative
 
 
 @compiled
-def _note_pairs(ends: Indices, out: Rows, lab: Rows, kept: Rows, capacity: int) -> Indices:
-    """The pairs of a kept output and a label that touch, some of them more than once, each as one number."""
-    pairs, count, last = np.empty(len(out), np.int64), 0, -1
+def note_pairs(ends: Indices, out: Rows, lab: Rows, kept: Rows, capacity: int) -> tuple[Indices, Indices]:
+    """The pairs of a kept output and a label that touch, each as one number, and how many places each run of one has.
+
+    A pair that touches in several runs of places comes several times.
+    """
+    pairs, lengths, count, last = np.empty(len(out), np.int64), np.empty(len(out), np.int64), 0, -1
     for sample in range(len(kept)):
         for place in range(ends[sample], ends[sample + 1]):
             if 0 < out[place] <= kept[sample] and lab[place] > 0:
                 pair = ((sample * capacity) + out[place] - 1) * capacity + lab[place] - 1
                 if pair != last:
-                    pairs[count] = last = pair
+                    pairs[count], lengths[count], last = pair, 0, pair
                     count += 1
-    return pairs[:count]
+                lengths[count - 1] += 1
+    return pairs[:count], lengths[:count]
 
 
 def _pairs(ends: Indices, out: Rows, lab: Rows, kept: Rows, capacity: int) -> tuple[Indices, Indices]:
     """The pairs that touch, once each: rows in the tables of all samples of one side."""
-    outputs, labels = np.divmod(np.unique(_note_pairs(ends, out, lab, kept, capacity)), capacity)
+    pairs, _ = note_pairs(ends, out, lab, kept, capacity)
+    outputs, labels = np.divmod(np.unique(pairs), capacity)
     return outputs, outputs // capacity * capacity + labels
 
 
