@@ -10,7 +10,7 @@ from triton_instance_loss import BlobLoss, CCLoss, ComponentTverskyLoss, FalseCo
 
 from .cases import Inputs
 from .entry import Answer, Function, Provider, Setup
-from .steps import DICE, read, run_step
+from .steps import DICE, defaults, on_host, read, run_step
 
 Make = Callable[..., Any]
 
@@ -26,14 +26,14 @@ AS_AUTHORS = BlobLoss, {"mode": "dice", "masking": "logits"}
 
 
 def _ours(make: Make, options: dict[str, Any]) -> Callable[[Inputs, Setup], Function]:
-    return lambda inputs, setup: run_step(make(**options, spatial_dims=inputs.outputs.ndim - 2), inputs)
+    return lambda inputs, setup: run_step(make(**defaults(inputs), **options), inputs)
 
 
 def _by_cpu(make: Make, options: dict[str, Any]) -> Callable[[Inputs, Setup], Answer]:
     """The CPU backend's answer in float64."""
 
     def truth(inputs: Inputs, setup: Setup) -> Answer:
-        host = inputs.to(torch.device("cpu"))
+        host = on_host(inputs)
         return read(_ours(make, options)(Inputs(host.outputs.double(), host.labels), setup)())
 
     return truth

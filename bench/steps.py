@@ -155,7 +155,7 @@ def read_any(result: Any) -> Answer:
 
 
 def _metrics_by_cpu(**options: Any) -> Callable[[Inputs, Setup], Answer]:
-    return lambda inputs, setup: list(_metrics(**options)(_host(inputs), setup)())
+    return lambda inputs, setup: list(_metrics(**options)(on_host(inputs), setup)())
 
 
 def _ours_soft(inputs: Inputs, setup: Setup) -> Function:
@@ -177,7 +177,7 @@ def _ours_deterministic(inputs: Inputs, setup: Setup) -> Function:
 
 def soft_by_cpu(inputs: Inputs, setup: Setup) -> Answer:
     """The CPU backend's answer on probabilities."""
-    return read(_ours_soft(_host(inputs), setup)())
+    return read(_ours_soft(on_host(inputs), setup)())
 
 
 def _terms_alone(inputs: Inputs, setup: Setup) -> Function:
@@ -191,20 +191,21 @@ def _by_labels(label: Callable[[Tensor], Tensor]) -> Callable[[Inputs, Setup], F
 # --- what the answer must be ------------------------------------------------------------------------------------------
 
 
-def _host(inputs: Inputs) -> Inputs:
+def on_host(inputs: Inputs) -> Inputs:
+    """The same on the CPU."""
     return inputs.to(torch.device("cpu"))
 
 
 def by_cpu(options: Callable[[Inputs], Options]) -> Callable[[Inputs, Setup], Answer]:
     """The CPU backend's answer: what every other backend has to give."""
-    return lambda inputs, setup: read(_ours(options)(_host(inputs), setup)())
+    return lambda inputs, setup: read(_ours(options)(on_host(inputs), setup)())
 
 
 def volume_by_volume(options: Callable[[Inputs], Options]) -> Callable[[Inputs, Setup], Answer]:
     """The terms by the slow way, full volumes for each instance; the gradient by the CPU backend."""
 
     def truth(inputs: Inputs, setup: Setup) -> Answer:
-        host, chosen = _host(inputs), options(inputs)
+        host, chosen = on_host(inputs), options(inputs)
         unknown: Options = dict.fromkeys(("loss_function_instance", "loss_function_center"), _unregistered)
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
@@ -221,14 +222,14 @@ def _unregistered(outputs: Tensor, labels: Tensor) -> Tensor:
 
 def terms_alone(inputs: Inputs, setup: Setup) -> Answer:
     """The two instance terms of the CPU backend."""
-    return read(_terms_alone(_host(inputs), setup)())
+    return read(_terms_alone(on_host(inputs), setup)())
 
 
 def published_answer(inputs: Inputs, setup: Setup) -> Answer:
     """The answer of the published code; without it, or where it would take minutes, of our CPU backend."""
     too_large = inputs.outputs.numel() > PUBLISHED_VOXELS.get(setup.device.type, inputs.outputs.numel())
     if "instance_loss" not in setup.references or too_large:
-        return read(_ours_as_published(_host(inputs), setup)())
+        return read(_ours_as_published(on_host(inputs), setup)())
     return read(_published(inputs, setup)())
 
 

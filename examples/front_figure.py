@@ -55,8 +55,8 @@ def main(arguments: list[str] | None = None) -> None:
                 truth = images.test.instances[index : index + 1]
                 options = {"activation": "none", "spatial_dims": 2}
                 of_image = instance_metrics(found[index : index + 1], (truth > 0).float(), truth, **options)
-                matched, total, false = (int(of_image[field]) for field in (2, 1, 4))
-                axes.set_title(f"{ARMS[arm]}: {matched} of {total} found, {false} false", fontsize=10)
+                counts = (of_image.matched, of_image.num_labels, of_image.false)
+                axes.set_title("{}: {} of {} found, {} false".format(ARMS[arm], *map(int, counts)), fontsize=10)
     figure.savefig(given.out, metadata={"Software": None})
 
 
