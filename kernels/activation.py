@@ -71,9 +71,15 @@ def is_label(labels):
 
 
 @triton.jit
+def is_mask_like(labels):
+    """Where labels are in [-0.5, 1.5]; NaN is not."""
+    return (labels >= -0.5) & (labels <= 1.5) if labels.dtype.is_floating() else (labels >= 0) & (labels <= 1)
+
+
+@triton.jit
 def are_mask_like(least, most):
-    """Where all labels between these two are in [-0.5, 1.5]; NaN is not."""
-    return (least >= -0.5) & (most <= 1.5) if least.dtype.is_floating() else (least >= 0) & (most <= 1)
+    """Where all labels between these two are near 0 or 1."""
+    return (least >= -0.5) & (most <= 1.5) if least.dtype.is_floating() else tl.minimum(least, 1 - most) >= 0
 
 
 @triton.jit

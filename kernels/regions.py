@@ -31,7 +31,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import ops
-from .activation import SIGMOID, are_mask_like, is_label, probability
+from .activation import SIGMOID, is_label, is_mask_like, probability
 from .blocks import adding_programs, block_size, cut, table_programs
 from .launches import bits_of, launch, of_bits
 from .quantities import CROSS_ENTROPY as ENTROPY_QUANTITY
@@ -164,7 +164,7 @@ def _sum_regions_kernel(
         labels = tl.load(labels_ptr + index, mask=in_volume, other=0)
         row = tl.load(rows_ptr + index, mask=in_volume, other=-1)
         y = is_label(labels)
-        broken = (row >= 0) & ~((tl.abs(x) < float("inf")) & are_mask_like(labels, labels))
+        broken = (row >= 0) & ~((tl.abs(x) < float("inf")) & is_mask_like(labels))
         key = _region(row, y, capacity, KIND)
         key = tl.where(broken & (key < 0), 0, key)  # in no region, but broken is broken
         p = tl.where(broken, float("nan"), probability(x, ACTIVATION))
