@@ -80,7 +80,8 @@ def _watched(begin: Begin) -> Iterator[None]:
         # (sums are a stage inside of the operator that evaluates the terms, in either backend)
         sums = [(cpu_evaluate, "sum_instances")]
         if dispatch._TRITON_IS_INSTALLED:
-            sums.append((importlib.import_module("triton_instance_loss.kernels.evaluate"), "launch_sum_instances"))
+            evaluate = importlib.import_module("triton_instance_loss.kernels.evaluate")
+            sums += [(evaluate, "prepare"), (evaluate, "sum_instances")]
         for owner, attribute, name in ((regions, "find", "find"), *((*each, "sums") for each in sums)):
             stack.enter_context(mock.patch.object(owner, attribute, announce(name, getattr(owner, attribute))))
         yield

@@ -20,8 +20,6 @@ on average, 60 blocks: 75 million comparisons of some dozens of integer instruct
 millisecond on an H100. Volumes: 4 bytes a voxel zeroed for each map, besides which only voxels in boxes are touched.
 """
 
-import math
-
 import torch
 import triton
 import triton.language as tl
@@ -36,8 +34,6 @@ SIZE: tl.constexpr = tl.constexpr(ops.SIZE)
 COORDINATE_SUMS: tl.constexpr = tl.constexpr(ops.COORDINATE_SUMS.start)
 # A box of the usual offsets, up to 3, has at most 7^3 = 343 voxels: one block.
 BOX_BLOCK = 512
-# One row, and some voxels of a box, for each thread of two warps: a side rarely has more rows.
-OTHERS_BLOCK, BOX_WARPS = 64, 2
 
 
 @triton.jit
@@ -111,10 +107,11 @@ def _uncovered(
 
 
 @triton.jit
-def _overlap_boxes_kernel(
+def overlap_boxes(
     geometry_ptr,  # (2 B, capacity, 10) int64
     used_ptr,  # (2 B,) int32
     owned_ptr,  # (2 B, capacity, 2) int64
+    side,
     capacity,
     D,
     H,
@@ -125,8 +122,8 @@ def _overlap_boxes_kernel(
     BLOCK: tl.constexpr,
     OTHERS: tl.constexpr,
 ):
+    """Count what the rows of a side own, in programs that share them."""
     sides = tl.num_programs(1)
-    side = tl.program_id(1).to(tl.int64)
     other_side = (side + sides // 2) % sides
     rows = tl.minimum(tl.load(used_ptr + side), capacity)
     other_rows = tl.minimum(tl.load(used_ptr + other_side), capacity)
@@ -186,29 +183,6 @@ def _paint_boxes_kernel(
             z, y, x = coordinates(lane, size_y, size_x)
             voxel = ((low_z + z) * H + low_y + y) * W + low_x + x
             tl.atomic_max(owner_ptr + voxel, row + 1, mask=lane < size, sem="relaxed")
-
-
-def launch_center_overlaps(geometry: Tensor, counts: Tensor, shape: list[int], offsets: list[int]) -> Tensor:
-    """Voxels each row owns outside [0] and inside [1] the boxes of the other side, (2 B, capacity, 2) int64."""
-    sides, capacity, _ = geometry.shape
-    owned = torch.empty((sides, capacity, 2), dtype=torch.int64, device=geometry.device)
-    num_voxels = math.prod(shape)
-    if owned.numel() > 0 and num_voxels > 0:
-        used = counts[ops.KEPT :].flatten()
-        blocks = block_size(num_voxels, BOX_BLOCK), block_size(capacity, OTHERS_BLOCK)
-        launch(
-            _overlap_boxes_kernel,
-            (table_programs(capacity), sides),
-            geometry,
-            used,
-            owned,
-            capacity,
-            *shape,
-            *offsets,
-            *blocks,
-            num_warps=BOX_WARPS,
-        )
-    return owned
 
 
 def launch_center_volumes(

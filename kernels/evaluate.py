@@ -7,9 +7,8 @@ from torch import Tensor
 
 from .. import ops
 from ..ratios import numbers
-from .centers import launch_center_overlaps
-from .proximity import launch_proximity_minima
-from .tables import launch_sum_instances, launch_sum_instances_backward
+from .prepare import prepare
+from .tables import launch_sum_instances_backward, sum_instances
 from .terms import launch_terms, launch_terms_backward
 
 
@@ -38,17 +37,16 @@ def launch_evaluate(
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Terms, their sum with weights, and what the backward wants."""
     batch, *shape = x.shape
-    sums, sample_sums, *touching = launch_sum_instances(x, sites, counts, geometry, activation, quantity, no_tp, pairs)
-    owned = distances = None
-    if offset is not None:
-        reach = ops.reach_of_boxes(shape, planar, offset, spacing)
-        owned = launch_center_overlaps(geometry, counts, shape, reach)
-    if proximity:
-        distances = launch_proximity_minima(geometry, counts, shape, planar, spacing)
+    reach = None if offset is None else ops.reach_of_boxes(shape, planar, offset, spacing)
+    steps = spacing if proximity else None
+    tables, owned, distances = prepare(geometry, counts, pairs, sites[1].shape[1], shape, reach, planar, steps)
+    sample_sums = sum_instances(tables, x, sites, counts, geometry, activation, quantity, no_tp)
     of_criteria = numbers(tuple(criteria), shape[0] * shape[1] * shape[2], batch, classes)
-    results = sums, sample_sums, pixel_sums, health, counts, geometry, owned, distances, values, totals
-    terms, total, *slopes = launch_terms(*results, of_criteria, classes, reduction, rates, tuple(weights), x.dtype)
-    return terms, total, [*slopes, *touching]
+    results = tables.sums, sample_sums, pixel_sums, health, counts, geometry, owned, distances, values, totals
+    terms, total, *slopes = launch_terms(
+        *results, of_criteria, classes, reduction, rates, tuple(weights), x.dtype, tables.finished
+    )
+    return terms, total, [*slopes, tables.pairs, tables.touched]
 
 
 def launch_evaluate_backward(
@@ -73,9 +71,9 @@ def launch_evaluate_backward(
     """Gradients of z and of the values of the criterion."""
     slopes, of_samples, pairs, touched = kept
     each, *grads = launch_terms_backward(
-        grad_terms, grad_sum, tuple(weights), slopes, of_samples, counts, masses, flows
+        grad_terms, grad_sum, tuple(weights), slopes, of_samples, pairs, counts, masses, flows
     )
-    where = x, labels, sites, pairs, touched, counts
+    where = x, labels, sites, touched, counts
     grad_x = launch_sum_instances_backward(
         each, slopes, *grads, *where, activation, quantity, no_tp, pixel, pixel_quantity, mistakes
     )

@@ -8,14 +8,13 @@ rows, each pair looked up:
     output o:  LABEL = sum of the sizes of the labels that touch o
     label l:   COST += sum of the excess of the outputs that touch l
 
-Backward: the gradient of the excess of o is the sum of the gradients of COST over the labels that touch o.
+Backward: the gradient of the excess of o is the sum of the gradients of COST over the labels that touch o (terms.py).
 
 The kernel that does this last part of the forward also adds up the sums of whole samples, of which the blocks of
 tables.py have written a part each. Deterministic: everything is added in a fixed order. Bytes a voxel: none; 8 for each
 row of a kept output and each row of a label, a few times.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -29,10 +28,8 @@ COST: tl.constexpr = tl.constexpr(ops.COST)
 LABEL: tl.constexpr = tl.constexpr(ops.LABEL)
 COLUMNS: tl.constexpr = tl.constexpr(ops.SUMS_COLUMNS)
 SAMPLE_COLUMNS: tl.constexpr = tl.constexpr(ops.SAMPLE_COLUMNS)
-GRADIENT_COLUMNS: tl.constexpr = tl.constexpr(ops.GRADIENT_COLUMNS)
 GEOMETRY_COLUMNS: tl.constexpr = tl.constexpr(ops.GEOMETRY_COLUMNS)
 SIZE: tl.constexpr = tl.constexpr(ops.SIZE)
-OUTPUTS: tl.constexpr = tl.constexpr(ops.OUTPUTS)
 KEPT: tl.constexpr = tl.constexpr(ops.KEPT)
 LABELS: tl.constexpr = tl.constexpr(ops.LABELS)
 # Warps of the kernel that puts pairs in: one, so that all its threads see one slot alike.
@@ -82,7 +79,7 @@ def insert_pair(pairs_ptr, out, lab, slots, THREADS: tl.constexpr):
 
 
 @triton.jit
-def _touching(pairs_ptr, out, lab, here, slots):
+def touching(pairs_ptr, out, lab, here, slots):
     """Which pairs of rows, counted from 0, are in the hash table, of those that are `here`."""
     key, slot = _key_and_slot(out.to(tl.int64) + 1, lab.to(tl.int64) + 1, slots)
     found = tl.zeros_like(key)
@@ -129,7 +126,7 @@ def _sum_neighbours_kernel(
         sizes = tl.zeros((BLOCK,), tl.int64)
         for first in range(0, num_labels, BLOCK):
             lab = first + tl.arange(0, BLOCK)
-            here = _touching(pairs_ptr, row + lab * 0, lab, lab < num_labels, slots)
+            here = touching(pairs_ptr, row + lab * 0, lab, lab < num_labels, slots)
             sizes += tl.load(labels_ptr + lab * GEOMETRY_COLUMNS + SIZE, mask=here, other=0)
         row_ptr = sums_ptr + (sample * capacity + row) * COLUMNS
         tl.store(row_ptr + LABEL, tl.sum(sizes, axis=0).to(tl.float64))
@@ -137,34 +134,10 @@ def _sum_neighbours_kernel(
         brought = tl.zeros((BLOCK,), tl.float64)
         for first in range(0, kept, BLOCK):
             out = first + tl.arange(0, BLOCK)
-            here = _touching(pairs_ptr, out, row + out * 0, out < kept, slots)
+            here = touching(pairs_ptr, out, row + out * 0, out < kept, slots)
             brought += tl.load(excess_ptr + out, mask=here, other=0.0)
         row_ptr = sums_ptr + ((B + sample) * capacity + row) * COLUMNS
         tl.store(row_ptr + COST, tl.load(row_ptr + COST) + tl.sum(brought, axis=0))
-
-
-@triton.jit
-def _sum_neighbours_backward_kernel(
-    pairs_ptr,  # (B, slots) int64
-    grad_sums_ptr,  # (2 B, capacity, 3) float64
-    counts_ptr,  # (3, B) int32
-    grad_excess_ptr,  # (B, capacity) float64
-    slots,
-    capacity,
-    BLOCK: tl.constexpr,
-):
-    sample = tl.program_id(1).to(tl.int64)
-    B = tl.num_programs(1)
-    outputs, kept = tl.load(counts_ptr + OUTPUTS * B + sample), tl.load(counts_ptr + KEPT * B + sample)
-    num_labels = tl.minimum(tl.load(counts_ptr + LABELS * B + sample), capacity)
-    grad_labels_ptr = grad_sums_ptr + (B + sample) * capacity * GRADIENT_COLUMNS
-    for row in range(tl.program_id(0), tl.minimum(outputs, capacity), tl.num_programs(0)):
-        brought = tl.zeros((BLOCK,), tl.float64)
-        for first in range(0, tl.where(row < kept, num_labels, 0), BLOCK):
-            lab = first + tl.arange(0, BLOCK)
-            here = _touching(pairs_ptr + sample * slots, row + lab * 0, lab, lab < num_labels, slots)
-            brought += tl.load(grad_labels_ptr + lab * GRADIENT_COLUMNS + COST, mask=here, other=0.0)
-        tl.store(grad_excess_ptr + sample * capacity + row, tl.sum(brought, axis=0))
 
 
 def sum_neighbours(
@@ -176,14 +149,3 @@ def sum_neighbours(
         pairs, geometry, excess, counts, parts, sums, sample_sums, blocks, slots, capacity,
         block_size(blocks, PARTS_BLOCK), block_size(capacity, NEIGHBOURS_BLOCK), num_warps=NEIGHBOURS_WARPS,
     )  # fmt: skip
-
-
-def sum_neighbours_backward(pairs: Tensor, grad_sums: Tensor, counts: Tensor) -> Tensor:
-    """Gradient of the excess of each output, (B, capacity) float64."""
-    (batch, slots), capacity = pairs.shape, grad_sums.shape[1]
-    grad_excess = torch.empty((batch, capacity), dtype=torch.float64, device=pairs.device)
-    launch(_sum_neighbours_backward_kernel, (table_programs(capacity), batch),
-        pairs, grad_sums, counts, grad_excess, slots, capacity, block_size(capacity, NEIGHBOURS_BLOCK),
-        num_warps=NEIGHBOURS_WARPS,
-    )  # fmt: skip
-    return grad_excess

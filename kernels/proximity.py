@@ -14,22 +14,15 @@ Backward: none, DIoU is a constant. Deterministic: minima. Bytes a voxel: none; 
 compared with.
 """
 
-from collections.abc import Sequence
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from .. import ops
-from .blocks import block_size, table_programs
-from .launches import bits_of, launch, of_bits
+from .launches import of_bits
 
 COLUMNS: tl.constexpr = tl.constexpr(ops.GEOMETRY_COLUMNS)
 LOWS: tl.constexpr = tl.constexpr(ops.LOWS.start)
 HIGHS: tl.constexpr = tl.constexpr(ops.HIGHS.start)
-# Two warps of one lane a thread: a side rarely has more instances, and the float64 arithmetic wants the registers.
-OTHERS_BLOCK, OTHERS_WARPS = 64, 2
 
 
 @triton.jit
@@ -52,29 +45,29 @@ def _compare_side(low, high, other_low, other_high, step):
     return shared, distance * distance, around * around
 
 
-# (the spacing comes as bits: Triton would round it, and compile for each)
-@triton.jit(do_not_specialize=["step_d", "step_h", "step_w"])
-def _smallest_diou_kernel(
+@triton.jit
+def nearest_boxes(
     geometry_ptr,  # (2 B, capacity, 10) int64
     used_ptr,  # (2 B,) int32
     minima_ptr,  # (2 B, capacity) float64
+    side,
     capacity,
     D,
     H,
     W,
-    step_d: tl.int64,
-    step_h: tl.int64,
-    step_w: tl.int64,
+    step_d,  # float64 in its bits
+    step_h,
+    step_w,
     PLANAR: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """Write the smallest DIoU of each row of a side, in programs that share them."""
     sides = tl.num_programs(1)
-    side = tl.program_id(1).to(tl.int64)
     other_side = (side + sides // 2) % sides
     epsilon = tl.full((BLOCK,), 1e-7, tl.float64)  # a bare 1e-7 would be rounded to float32
     count = tl.minimum(tl.load(used_ptr + side), capacity)
     other_count = tl.minimum(tl.load(used_ptr + other_side), capacity)
-    for row in range(tl.program_id(0), tl.maximum(count, 1), tl.num_programs(0)):
+    for row in range(tl.program_id(0), tl.minimum(tl.maximum(count, 1), capacity), tl.num_programs(0)):
         row_ptr = geometry_ptr + (side * capacity + row) * COLUMNS
         smallest = tl.full((BLOCK,), float("inf"), tl.float64)
         for first in range(0, tl.maximum(other_count, 1), BLOCK):
@@ -97,28 +90,3 @@ def _smallest_diou_kernel(
             diou = 1.0 - shared / (volume + other_volume - shared) + distance / (around + epsilon)
             smallest = tl.minimum(smallest, tl.where(here, diou, float("inf")))
         tl.store(minima_ptr + side * capacity + row, tl.min(smallest, axis=0))
-
-
-def launch_proximity_minima(
-    geometry: Tensor, counts: Tensor, shape: list[int], planar: bool, spacing: Sequence[float]
-) -> Tensor:
-    """Smallest DIoU of each kept output to a label, and of each label to one; `planar` ignores the first axis."""
-    sides, capacity, _ = geometry.shape
-    minima = torch.empty((sides, capacity), dtype=torch.float64, device=geometry.device)
-    if minima.numel() > 0:
-        used = counts[ops.KEPT :].flatten()
-        block = block_size(capacity, OTHERS_BLOCK)
-        launch(
-            _smallest_diou_kernel,
-            (table_programs(capacity), sides),
-            geometry,
-            used,
-            minima,
-            capacity,
-            *shape,
-            *bits_of(spacing),
-            int(planar),
-            block,
-            num_warps=OTHERS_WARPS,
-        )
-    return minima

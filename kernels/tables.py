@@ -11,8 +11,8 @@ with e = phi(a s, 0) [y = 0], s = a held constant, c = phi(a, 1); without no_tp 
 0). All voxels of a block with the same pair (o, l) go the same way, so the block adds up by pairs: while lanes
 remain, take the largest pair, reduce a, phi(a, 0), phi(a, 1) and e over its lanes, send scalar atomics to both rows,
 drop those lanes. If the pair touches, it is noted (pairs.py), and a second kernel adds what rows that touch bring each
-other. Before both, one kernel clears the rows that are used, and the pairs. Outputs beyond the tables, the rest, leave
-but a flag each: whether they touch a label.
+other. Both add to tables that have been cleared (prepare.py). Outputs beyond the tables, the rest, leave but a flag
+each: whether they touch a label.
 
 Backward, G the gradients of the tables, phi' the derivative in a, F the gradient of a false output, M that of a missed
 label, over their sizes (both 0 for all other instances):
@@ -48,9 +48,10 @@ from torch import Tensor
 
 from .. import ops, quantities
 from .activation import NONE, NOT_FUSED, RAW, probability, seen_by_pixel
-from .blocks import adding_programs, block_size, cut, table_programs, threads
+from .blocks import adding_programs, block_size, cut, threads
 from .launches import launch
-from .pairs import SUMS_WARPS, insert_pair, sum_neighbours, sum_neighbours_backward
+from .pairs import SUMS_WARPS, insert_pair, sum_neighbours
+from .prepare import Cleared, prepare
 from .quantities import phi, phi_derivative, sum_where
 
 MASS: tl.constexpr = tl.constexpr(ops.MASS)
@@ -60,7 +61,6 @@ TOUCHED: tl.constexpr = tl.constexpr(ops.TOUCHED)
 OVERLAP: tl.constexpr = tl.constexpr(ops.OVERLAP)
 COLUMNS: tl.constexpr = tl.constexpr(ops.SUMS_COLUMNS)
 SAMPLE_COLUMNS: tl.constexpr = tl.constexpr(ops.SAMPLE_COLUMNS)
-OUTPUTS: tl.constexpr = tl.constexpr(ops.OUTPUTS)
 KEPT: tl.constexpr = tl.constexpr(ops.KEPT)
 LABELS: tl.constexpr = tl.constexpr(ops.LABELS)
 GRADIENT_COLUMNS: tl.constexpr = tl.constexpr(ops.GRADIENT_COLUMNS)
@@ -81,47 +81,12 @@ SUMS_BLOCK, LONG_SUMS_BLOCK = 256, 128
 # Four voxels a thread of one warp, so that a block of background is found without a barrier; two of float64, of which
 # more would not fit the registers.
 GRADIENT_BLOCK, WIDE_GRADIENT_BLOCK, GRADIENT_WARPS = 128, 64, 1
-CLEAR_BLOCK = 256
 
 
 @triton.jit
 def _times(grad, slope, here):
     """Chain rule in float64 on the lanes `here`; 0 elsewhere, even where the slope is not finite."""
     return tl.where(here, grad * slope.to(tl.float64), 0.0)
-
-
-@triton.jit
-def _clear_kernel(
-    counts_ptr,  # (3, B) int32
-    sums_ptr,  # (2 B, capacity, 5) float64
-    excess_ptr,  # (B, capacity) float64
-    pairs_ptr,  # (B, slots) int64
-    touched_ptr,  # (B, rest) bool
-    capacity,
-    slots,
-    rest,
-    BLOCK: tl.constexpr,
-):
-    sample = tl.program_id(1).to(tl.int64)
-    B = tl.num_programs(1)
-    start, step = tl.program_id(0) * BLOCK, tl.num_programs(0) * BLOCK
-    nothing = tl.zeros((BLOCK,), tl.float64)
-    for side in tl.static_range(2):
-        rows = tl.load(counts_ptr + (OUTPUTS if side == 0 else LABELS) * B + sample)
-        for first in range(start, tl.minimum(rows, capacity), step):
-            row = first + tl.arange(0, BLOCK)
-            row_ptr = sums_ptr + ((side * B + sample) * capacity + row) * COLUMNS
-            for column in tl.static_range(COLUMNS):
-                tl.store(row_ptr + column, nothing, mask=row < capacity)
-            if side == 0:
-                tl.store(excess_ptr + sample * capacity + row, nothing, mask=row < capacity)
-    for first in range(start, slots, step):
-        slot = first + tl.arange(0, BLOCK)
-        tl.store(pairs_ptr + sample * slots + slot, tl.zeros((BLOCK,), tl.int64), mask=slot < slots)
-    beyond = tl.load(counts_ptr + OUTPUTS * B + sample) - capacity
-    for first in range(start, tl.minimum(beyond, rest), step):
-        row = first + tl.arange(0, BLOCK)
-        tl.store(touched_ptr + sample * rest + row, tl.zeros((BLOCK,), tl.int1), mask=row < rest)
 
 
 @triton.jit
@@ -368,43 +333,52 @@ def launch_sum_instances(
     pairs: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Sums by instance and by sample, the pairs that touch, for which there is room for `pairs`, and the rest."""
-    (batch, *shape), (_, capacity, _), rest, device = x.shape, geometry.shape, sites[1].shape[1], x.device
+    cleared, *_ = prepare(geometry, counts, pairs, sites[1].shape[1])
+    sample_sums = sum_instances(cleared, x, sites, counts, geometry, activation, quantity, no_tp)
+    return cleared.sums, sample_sums, cleared.pairs, cleared.touched
+
+
+def sum_instances(
+    tables: Cleared,
+    x: Tensor,
+    sites: list[Tensor],
+    counts: Tensor,
+    geometry: Tensor,
+    activation: int,
+    quantity: int,
+    no_tp: bool,
+) -> Tensor:
+    """Add the sums by instance to tables, and write the pairs that touch and the rest; gives the sums by sample."""
+    (batch, *shape), (_, capacity, _) = x.shape, geometry.shape
     num_voxels = math.prod(shape)
     several = activation == ops.NONE or quantity == quantities.CROSS_ENTROPY
     block = block_size(num_voxels, LONG_SUMS_BLOCK if several else SUMS_BLOCK)
     blocks = cut(num_voxels, block)
-    sizes = (2 * batch, capacity, ops.SUMS_COLUMNS), (batch, capacity), (batch, blocks, ops.SAMPLE_COLUMNS)
-    sums, excess, parts = (torch.empty(size, dtype=torch.float64, device=device) for size in sizes)
-    sample_sums = torch.empty((batch, ops.SAMPLE_COLUMNS), dtype=torch.float64, device=device)
-    where = torch.empty((batch, pairs), dtype=torch.int64, device=device)
-    touched = torch.empty((batch, rest), dtype=torch.bool, device=device)
-    if batch > 0:
-        clear_block = block_size(pairs, CLEAR_BLOCK)
-        launch(_clear_kernel, (table_programs(cut(pairs, clear_block)), batch),
-            counts, sums, excess, where, touched, capacity, pairs, rest, clear_block,
+    sizes = (batch, blocks, ops.SAMPLE_COLUMNS), (batch, ops.SAMPLE_COLUMNS)
+    parts, sample_sums = (torch.empty(size, dtype=torch.float64, device=x.device) for size in sizes)
+    if batch > 0 and num_voxels > 0:
+        # Sums of a hard output are whole numbers, the same in any order.
+        programs = adding_programs(blocks) if activation == ops.NONE else blocks
+        launch(_sum_instances_kernel, (programs, batch),
+            x, sites[0], counts, tables.sums, tables.excess, parts, tables.pairs, tables.touched,
+            num_voxels, capacity, tables.pairs.shape[1], tables.touched.shape[1],
+            quantity, no_tp, activation, block, threads(SUMS_WARPS), num_warps=SUMS_WARPS,
         )  # fmt: skip
-        if num_voxels > 0:
-            # Sums of a hard output are whole numbers, the same in any order.
-            programs = adding_programs(blocks) if activation == ops.NONE else blocks
-            launch(_sum_instances_kernel, (programs, batch),
-                x, sites[0], counts, sums, excess, parts, where, touched,
-                num_voxels, capacity, pairs, rest, quantity, no_tp, activation, block, threads(SUMS_WARPS),
-                num_warps=SUMS_WARPS,
-            )  # fmt: skip
-        sum_neighbours(where, geometry, excess, counts, parts, sums, sample_sums)
-    return sums, sample_sums, where, touched
+    if batch > 0:
+        sum_neighbours(tables.pairs, geometry, tables.excess, counts, parts, tables.sums, sample_sums)
+    return sample_sums
 
 
 def launch_sum_instances_backward(
     grad_terms: Tensor,
     slopes: Tensor,
     grad_sums: Tensor,
+    grad_excess: Tensor,
     grad_sample_sums: Tensor,
     grad_pixel_sums: Tensor,
     x: Tensor,
     labels: Tensor,
     sites: list[Tensor],
-    pairs: Tensor,
     touched: Tensor,
     counts: Tensor,
     activation: int,
@@ -419,7 +393,6 @@ def launch_sum_instances_backward(
     batch, capacity, num_voxels = len(x), grad_sums.shape[1], math.prod(x.shape[1:])
     if batch * num_voxels == 0:
         return grad_x
-    grad_excess = sum_neighbours_backward(pairs, grad_sums, counts)
     block = block_size(num_voxels, WIDE_GRADIENT_BLOCK if x.dtype == torch.float64 else GRADIENT_BLOCK)
     launch(_sum_instances_backward_kernel, (cut(num_voxels, block), batch),
         grad_terms, slopes, grad_sums, grad_excess, grad_sample_sums, grad_pixel_sums, x, labels, *sites,

@@ -5,13 +5,14 @@ L = its size; for a kept output, I = INTERSECTION, L = LABEL; and P = COST + mis
 phi(0, 1). A side of a sample without rows has the value of the whole sample in row 0.
 
 1. `_terms_kernel`, one program a sample: it goes over the rows of both sides, up to the counts, which only the device
-   knows. It adds up what they contribute to the terms, and writes the slopes of each row.
+   knows. It adds up what they contribute to the terms, and writes the slopes of each row. The program that is done last
+   adds up what the samples contribute, in their order.
 2. `_terms_backward_kernel`: with g the gradients of the terms, D the distances and w the weights of a sample,
 
        dv_l = g.instance_label w_l + g.proximity s D_l,    dv_o = g.instance_output w_o - g.proximity s D_o,
        s = 2 / B (sum D_l v_l - sum D_o v_o),
 
-   and from there by the slopes to MASS, INTERSECTION and COST of each row.
+   and from there by the slopes to MASS, INTERSECTION and COST of each row, and to the excess of outputs (pairs.py).
 
 Deterministic: sums of a sample are added in a fixed order. All is float64. Bytes a voxel: none; 200 for each
 instance, 100 in the backward.
@@ -26,9 +27,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import ops
-from .blocks import block_size, cut, table_programs
+from .blocks import block_size, table_programs
 from .criteria import center_criterion, criterion, share, weight
 from .launches import aside, bits_of, launch, of_bits
+from .pairs import NEIGHBOURS_BLOCK, NEIGHBOURS_WARPS, touching
 
 GEOMETRY_COLUMNS: tl.constexpr = tl.constexpr(ops.GEOMETRY_COLUMNS)
 SIZE: tl.constexpr = tl.constexpr(ops.SIZE)
@@ -160,7 +162,39 @@ def _add_rows(
 
 
 @triton.jit
+def _weighted(terms, weight, TERM: tl.constexpr):
+    """One of eight terms times its weight, 0 in the place of all others."""
+    return tl.where(tl.arange(0, 8) == TERM, terms * of_bits(weight), 0.0)
+
+
+@triton.jit
+def _add_samples(
+    weight_0, weight_1, weight_2, weight_3, weight_4, weight_5, weight_6, parts_ptr, terms_ptr, total_ptr, B,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Write the terms, and their sum with weights."""
+    term, sample = tl.arange(0, 8), tl.arange(0, BLOCK)
+    terms = tl.zeros((8,), tl.float64)
+    for first in range(0, B, BLOCK):
+        part_ptr = parts_ptr + (first + sample)[:, None] * TERMS + term[None, :]
+        here = (first + sample < B)[:, None] & (term < TERMS)[None, :]
+        terms += tl.sum(tl.load(part_ptr, mask=here, other=0.0), axis=0)
+    total = _weighted(terms, weight_0, 0) + _weighted(terms, weight_1, 1) + _weighted(terms, weight_2, 2)
+    total += _weighted(terms, weight_3, 3) + _weighted(terms, weight_4, 4) + _weighted(terms, weight_5, 5)
+    total += _weighted(terms, weight_6, 6)
+    tl.store(terms_ptr + term, terms, mask=term < TERMS)
+    tl.store(total_ptr, tl.sum(total, axis=0))
+
+
+@triton.jit(do_not_specialize=WEIGHTS)
 def _terms_kernel(
+    weight_0: tl.int64,  # of each term in the total, a float64 in its bits
+    weight_1: tl.int64,
+    weight_2: tl.int64,
+    weight_3: tl.int64,
+    weight_4: tl.int64,
+    weight_5: tl.int64,
+    weight_6: tl.int64,
     sums_ptr,  # (2 B, capacity, 5) float64
     sample_sums_ptr,  # (B, 3) float64
     pixel_sums_ptr,  # (B, 3) float64
@@ -173,6 +207,9 @@ def _terms_kernel(
     totals_ptr,  # (2, classes) float64, or None: instances are averaged over the batch
     numbers_ptr,  # (30,) float64
     parts_ptr,  # (B, 7) float64: what each sample adds to the terms
+    finished_ptr,  # () int32, 0: programs that are done
+    terms_ptr,  # (7,) of any float dtype
+    total_ptr,  # () of that dtype
     slopes_ptr,  # (2 B, capacity, 5) float64
     sample_slopes_ptr,  # (B, 8) float64
     capacity,
@@ -180,6 +217,7 @@ def _terms_kernel(
     REDUCTION: tl.constexpr,
     RATES: tl.constexpr,
     BLOCK: tl.constexpr,
+    SAMPLES: tl.constexpr,
 ):
     sample = tl.program_id(0).to(tl.int64)
     B = tl.num_programs(0)
@@ -242,39 +280,12 @@ def _terms_kernel(
     tl.store(part_ptr + PROXIMITY, health * proximity / B)
     tl.store(sample_slopes_ptr + BY_DISTANCE, health * 2.0 * difference / B)
 
-
-@triton.jit
-def _weighted(terms, weight, TERM: tl.constexpr):
-    """One of eight terms times its weight, 0 in the place of all others."""
-    return tl.where(tl.arange(0, 8) == TERM, terms * of_bits(weight), 0.0)
-
-
-@triton.jit(do_not_specialize=WEIGHTS)
-def _total_kernel(
-    weight_0: tl.int64,  # of each term in the total, a float64 in its bits
-    weight_1: tl.int64,
-    weight_2: tl.int64,
-    weight_3: tl.int64,
-    weight_4: tl.int64,
-    weight_5: tl.int64,
-    weight_6: tl.int64,
-    parts_ptr,  # (B, 7) float64: what each sample adds to the terms
-    terms_ptr,  # (7,) of any float dtype
-    total_ptr,  # () of that dtype
-    B,
-    BLOCK: tl.constexpr,
-):
-    term, sample = tl.arange(0, 8), tl.arange(0, BLOCK)
-    terms = tl.zeros((8,), tl.float64)
-    for first in range(0, B, BLOCK):
-        part_ptr = parts_ptr + (first + sample)[:, None] * TERMS + term[None, :]
-        here = (first + sample < B)[:, None] & (term < TERMS)[None, :]
-        terms += tl.sum(tl.load(part_ptr, mask=here, other=0.0), axis=0)
-    total = _weighted(terms, weight_0, 0) + _weighted(terms, weight_1, 1) + _weighted(terms, weight_2, 2)
-    total += _weighted(terms, weight_3, 3) + _weighted(terms, weight_4, 4) + _weighted(terms, weight_5, 5)
-    total += _weighted(terms, weight_6, 6)
-    tl.store(terms_ptr + term, terms, mask=term < TERMS)
-    tl.store(total_ptr, tl.sum(total, axis=0))
+    tl.debug_barrier()  # what all threads have written comes before one of them says so
+    if tl.atomic_add(finished_ptr, 1, sem="acq_rel") == B - 1:
+        _add_samples(
+            weight_0, weight_1, weight_2, weight_3, weight_4, weight_5, weight_6, parts_ptr, terms_ptr, total_ptr, B,
+            SAMPLES,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -286,6 +297,12 @@ def _gradient_of(grad_terms_ptr, grad_total_ptr, weight, TERM: tl.constexpr):
     if grad_total_ptr is not None:
         gradient += tl.load(grad_total_ptr).to(tl.float64) * of_bits(weight)
     return gradient
+
+
+@triton.jit
+def _by_criterion(row_ptr, here, by_value, by_near):
+    """Gradient of the criterion of rows of slopes."""
+    return by_value + by_near * tl.load(row_ptr + DISTANCE, mask=here, other=0.0)
 
 
 @triton.jit(do_not_specialize=WEIGHTS)
@@ -303,13 +320,17 @@ def _terms_backward_kernel(
     sample_slopes_ptr,  # (B, 8) float64
     counts_ptr,  # (3, B) int32
     grad_sums_ptr,  # (2 B, capacity, 3) float64
+    grad_excess_ptr,  # (B, capacity) float64
     grad_sample_sums_ptr,  # (B, 3) float64
     grad_pixel_sums_ptr,  # (B, 2) float64
     grad_each_ptr,  # (7,) float64: of each term, with its share of the total's
+    pairs_ptr,  # (B, slots) int64
+    slots,
     capacity,
     MASSES: tl.constexpr,
     VALUES: tl.constexpr,
     BLOCK: tl.constexpr,
+    NEIGHBOURS: tl.constexpr,
 ):
     sample = tl.program_id(1).to(tl.int64)
     B = tl.num_programs(1)
@@ -321,6 +342,22 @@ def _terms_backward_kernel(
     by_false = _gradient_of(grad_terms_ptr, grad_total_ptr, weight_4, FALSE_INSTANCES)
     by_missed = _gradient_of(grad_terms_ptr, grad_total_ptr, weight_5, MISSED_INSTANCES)
     by_proximity = _gradient_of(grad_terms_ptr, grad_total_ptr, weight_6, PROXIMITY)
+    if tl.program_id(0) == 0:
+        row_ptr = grad_pixel_sums_ptr + sample * SAMPLE_GRADIENT_COLUMNS
+        tl.store(row_ptr, by_pixel * tl.load(sample_slopes_ptr + PIXEL_BY_INTERSECTION))
+        tl.store(row_ptr + 1, by_pixel * tl.load(sample_slopes_ptr + PIXEL_BY_PREDICTION))
+        by_mistake = by_pixel * 0.0
+        if MASSES:
+            by_mistake = by_false * tl.load(sample_slopes_ptr + BY_MISTAKE)
+        tl.store(grad_sample_sums_ptr + sample * WHOLE_GRADIENT_COLUMNS + BY_REST, by_mistake)
+        if sample == 0:
+            tl.store(grad_each_ptr + PIXEL, by_pixel)
+            tl.store(grad_each_ptr + INSTANCE_LABEL, by_label)
+            tl.store(grad_each_ptr + INSTANCE_OUTPUT, by_output)
+            tl.store(grad_each_ptr + CENTER, by_center)
+            tl.store(grad_each_ptr + FALSE_INSTANCES, by_false)
+            tl.store(grad_each_ptr + MISSED_INSTANCES, by_missed)
+            tl.store(grad_each_ptr + PROXIMITY, by_proximity)
     by_distance = by_proximity * tl.load(sample_slopes_ptr + BY_DISTANCE)
     by_whole = by_distance * 0.0
     for side in tl.static_range(2):
@@ -347,7 +384,7 @@ def _terms_backward_kernel(
             if MASSES:
                 mass = by_center * tl.load(row_ptr + BY_CENTER, mask=here, other=0.0)
             if VALUES:
-                value = by_value + by_near * tl.load(row_ptr + DISTANCE, mask=here, other=0.0)
+                value = _by_criterion(row_ptr, here, by_value, by_near)
                 intersection = value * tl.load(row_ptr + BY_INTERSECTION, mask=here, other=0.0)
                 cost = value * tl.load(row_ptr + BY_PREDICTION, mask=here, other=0.0)
             row_ptr = grad_sums_ptr + (start + row) * GRADIENT_COLUMNS
@@ -355,26 +392,25 @@ def _terms_backward_kernel(
             tl.store(row_ptr + INTERSECTION, intersection, mask=here)
             tl.store(row_ptr + COST, cost, mask=here)
     if tl.program_id(0) == 0:
-        row_ptr = grad_sample_sums_ptr + sample * WHOLE_GRADIENT_COLUMNS
         if not VALUES:
             by_whole = by_distance * 0.0
-        by_mistake = by_distance * 0.0
-        if MASSES:
-            by_mistake = by_false * tl.load(sample_slopes_ptr + BY_MISTAKE)
-        tl.store(row_ptr + BY_REST, by_mistake)
+        row_ptr = grad_sample_sums_ptr + sample * WHOLE_GRADIENT_COLUMNS
         tl.store(row_ptr, by_whole * tl.load(sample_slopes_ptr + WHOLE_BY_INTERSECTION))
         tl.store(row_ptr + 1, by_whole * tl.load(sample_slopes_ptr + WHOLE_BY_PREDICTION))
-        row_ptr = grad_pixel_sums_ptr + sample * SAMPLE_GRADIENT_COLUMNS
-        tl.store(row_ptr, by_pixel * tl.load(sample_slopes_ptr + PIXEL_BY_INTERSECTION))
-        tl.store(row_ptr + 1, by_pixel * tl.load(sample_slopes_ptr + PIXEL_BY_PREDICTION))
-        if sample == 0:
-            tl.store(grad_each_ptr + PIXEL, by_pixel)
-            tl.store(grad_each_ptr + INSTANCE_LABEL, by_label)
-            tl.store(grad_each_ptr + INSTANCE_OUTPUT, by_output)
-            tl.store(grad_each_ptr + CENTER, by_center)
-            tl.store(grad_each_ptr + FALSE_INSTANCES, by_false)
-            tl.store(grad_each_ptr + MISSED_INSTANCES, by_missed)
-            tl.store(grad_each_ptr + PROXIMITY, by_proximity)
+
+    # (rows, by_value and by_near are now those of labels)
+    outputs, kept = tl.load(counts_ptr + OUTPUTS * B + sample), tl.load(counts_ptr + KEPT * B + sample)
+    labels_ptr = slopes_ptr + (B + sample) * capacity * SLOPES_COLUMNS
+    for row in range(tl.program_id(0), tl.minimum(outputs, capacity), tl.num_programs(0)):
+        brought = tl.zeros((NEIGHBOURS,), tl.float64)
+        if VALUES:
+            for first in range(0, tl.where(row < kept, rows, 0), NEIGHBOURS):
+                lab = first + tl.arange(0, NEIGHBOURS)
+                here = touching(pairs_ptr + sample * slots, row + lab * 0, lab, lab < rows, slots)
+                row_ptr = labels_ptr + lab * SLOPES_COLUMNS
+                cost = tl.load(row_ptr + BY_PREDICTION, mask=here, other=0.0)
+                brought += cost * _by_criterion(row_ptr, here, by_value, by_near)
+        tl.store(grad_excess_ptr + sample * capacity + row, tl.sum(brought, axis=0))
 
 
 @functools.cache
@@ -405,8 +441,12 @@ def launch_terms(
     rates: bool,
     weights: tuple[float, ...],
     dtype: torch.dtype,
+    finished: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The terms and their sum with `weights`, of that dtype, and the slopes of instances and of samples."""
+    """The terms and their sum with `weights`, of that dtype, and the slopes of instances and of samples.
+
+    `finished`, 0-d int32, is 0 and belongs to this call.
+    """
     (_, capacity, _), batch, device = sums.shape, len(sample_sums), sums.device
     terms, total = torch.empty(len(WEIGHTS), dtype=dtype, device=device), torch.empty((), dtype=dtype, device=device)
     sizes = (batch, len(WEIGHTS)), (2 * batch, capacity, ops.SLOPES_COLUMNS), (batch, ops.SAMPLE_SLOPES_COLUMNS)
@@ -415,11 +455,9 @@ def launch_terms(
         return terms.zero_(), total.zero_(), slopes, sample_slopes
     launch(_terms_kernel, (batch,),
         sums, sample_sums, pixel_sums, health, counts, geometry, owned, distances, values, totals,
-        _table_of(tuple(numbers), device.type == "cuda"), parts, slopes, sample_slopes,
-        capacity, classes, reduction, rates, block_size(capacity, ROWS_BLOCK),
-    )  # fmt: skip
-    launch(_total_kernel, (1,),
-        parts, terms, total, batch, SAMPLES_BLOCK, values=bits_of(weights or NO_WEIGHTS), num_warps=1,
+        _table_of(tuple(numbers), device.type == "cuda"), parts, finished, terms, total, slopes, sample_slopes,
+        capacity, classes, reduction, rates, block_size(capacity, ROWS_BLOCK), SAMPLES_BLOCK,
+        values=bits_of(weights or NO_WEIGHTS),
     )  # fmt: skip
     return terms, total, slopes, sample_slopes
 
@@ -430,19 +468,23 @@ def launch_terms_backward(
     weights: tuple[float, ...],
     slopes: Tensor,
     sample_slopes: Tensor,
+    pairs: Tensor,
     counts: Tensor,
     masses: bool,
     values: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradient of each term, from those of the terms and of their sum; of the sums of instances, samples and pixels."""
-    (_, capacity, _), batch = slopes.shape, len(sample_slopes)
-    sizes = (len(WEIGHTS),), (2 * batch, capacity, ops.GRADIENT_COLUMNS)
+) -> tuple[Tensor, ...]:
+    """Gradient of each term, from those of the terms and of their sum.
+
+    And of the sums of instances, of the excess of outputs, of the sums of samples and of those of the pixel term.
+    """
+    (_, capacity, _), (batch, slots) = slopes.shape, pairs.shape
+    sizes = (len(WEIGHTS),), (2 * batch, capacity, ops.GRADIENT_COLUMNS), (batch, capacity)
     sizes += (batch, ops.WHOLE_GRADIENT_COLUMNS), (batch, ops.SAMPLE_GRADIENT_COLUMNS)
     each, *grads = (torch.empty(size, dtype=torch.float64, device=slopes.device) for size in sizes)
     if batch > 0:
-        block = block_size(capacity, ROWS_BLOCK)
-        launch(_terms_backward_kernel, (table_programs(cut(capacity, block)), batch),
-            grad_terms, grad_total, slopes, sample_slopes, counts, *grads, each, capacity, masses, values, block,
-            values=bits_of(weights or NO_WEIGHTS),
+        launch(_terms_backward_kernel, (max(table_programs(capacity), 1), batch),
+            grad_terms, grad_total, slopes, sample_slopes, counts, *grads, each, pairs, slots, capacity, masses, values,
+            block_size(capacity, ROWS_BLOCK), block_size(capacity, NEIGHBOURS_BLOCK),
+            values=bits_of(weights or NO_WEIGHTS), num_warps=NEIGHBOURS_WARPS,
         )  # fmt: skip
-    return each, grads[0], grads[1], grads[2]
+    return each, *grads

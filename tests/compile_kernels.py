@@ -135,9 +135,9 @@ def call_launchers(sides, capacity, rest):
         room["components"].launch_number_instances(mask.long(), 0, capacity)
         geometry, counts = torch.zeros((4, capacity, 10), dtype=torch.int64), torch.zeros((3, 2), dtype=torch.int32)
         boxes = (geometry, counts, list(shape[1:]), [min(depth, 2), 2, 2])
-        room["centers"].launch_center_overlaps(*boxes)
         room["centers"].launch_center_volumes(*boxes)
-        room["proximity"].launch_proximity_minima(geometry, counts, list(shape[1:]), depth == 1, [1.0, 1.0, 1.0])
+        for reach, spacing in ((boxes[3], [1.0, 1.0, 1.0]), (boxes[3], None), (None, [1.0, 1.0, 1.0])):
+            cleared, *_ = room["prepare"].prepare(*boxes[:2], 64, rest, boxes[2], reach, depth == 1, spacing)
         for spacing in ([1.0, 1.0, 1.0], [3.0, 1.0, 0.5]):
             room["cells"].launch_cells(mask.int(), spacing)
     sites = [torch.zeros(size, dtype=torch.int32) for size in ((4, *shape[1:]), (2, rest))]
@@ -156,14 +156,14 @@ def call_launchers(sides, capacity, rest):
         ((None, None, per_row, None), BY_SUM, True),
     ):
         case = (*sums, sums[1], health, counts, geometry, *given, numbers, 2, *average)
-        _, _, *slopes = room["terms"].launch_terms(*case, (), x.dtype)
+        _, _, *slopes = room["terms"].launch_terms(*case, (), x.dtype, cleared.finished)
     of_terms = per_row[0, :7]
     for *given, masses, values in (
         (of_terms, None, (), True, True),
         (None, health, (1.0,) * 7, True, True),
         (of_terms, None, (), False, False),
     ):
-        _, *grads = room["terms"].launch_terms_backward(*given, *slopes, counts, masses, values)
+        _, *grads = room["terms"].launch_terms_backward(*given, *slopes, pairs, counts, masses, values)
     for dtype, label_dtype, activation, threshold, *pixel in ACTIVATIONS:
         volumes = torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=label_dtype)
         room["instances"].launch_find(
@@ -174,7 +174,7 @@ def call_launchers(sides, capacity, rest):
         )
         room["instances"].launch_find(*volumes, None, activation, threshold, *pixel, 0, 2, 50, 50.0, capacity, rest)
         for quantity, no_tp, mistakes in ((4, True, OF_LOGARITHM), (3, False, OF_MEAN), (0, True, NO_GRADIENT)):
-            case = (*volumes, sites, pairs, touched, counts, activation, quantity, no_tp, *pixel, mistakes)
+            case = (*volumes, sites, touched, counts, activation, quantity, no_tp, *pixel, mistakes)
             room["tables"].launch_sum_instances_backward(of_terms, slopes[0], *grads, *case)
     call_region_launchers(shape, capacity)
     wide = torch.zeros((1, 1, 3, 2**16), dtype=torch.int32)  # whose squares need 64 bits

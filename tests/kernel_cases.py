@@ -124,6 +124,12 @@ def touching(out_rows, lab_rows, kept):
     return [set(zip(out[here].tolist(), lab[here].tolist(), strict=True)) for out, lab, here in sides]
 
 
+def boxes(geometry, counts, shape, reach=None, planar=False, spacing=None):
+    """What `prepare` makes of geometry: voxels that rows own, and distances to the nearest row."""
+    prepare = importlib.import_module("triton_instance_loss.kernels.prepare").prepare
+    return prepare(geometry, counts, 0, 0, shape, reach, planar, spacing)[1:]
+
+
 def sites_of(foreground, y, out_rows, lab_rows, rest_sizes=None):
     """The sites of masks, which hold at least the instances, and row maps; unless given, no outputs beyond tables."""
     if rest_sizes is None:
@@ -157,11 +163,15 @@ def sum_instances_backward(*arguments):
     of_whole, of_pixel = (grad[:, : ops.SAMPLE_GRADIENT_COLUMNS].contiguous() for grad in grads[2:])
     of_whole = torch.nn.functional.pad(of_whole, (0, ops.WHOLE_GRADIENT_COLUMNS - ops.SAMPLE_GRADIENT_COLUMNS))
     sites = sites_of(foreground, y, out_rows, lab_rows)
-    counts, geometry = found(lab_rows, kept, of_rows.shape[1])
+    counts, _ = found(lab_rows, kept, of_rows.shape[1])
     tables = importlib.import_module("triton_instance_loss.kernels.tables")
-    _, _, pairs, _ = tables.launch_sum_instances(x, sites, counts, geometry, activation, quantity, no_tp, 64)
+    of_excess = torch.zeros(of_rows[: len(x), :, 0].shape, dtype=torch.float64, device=x.device)
+    for sample, pairs in enumerate(touching(out_rows, lab_rows, kept)):
+        for out, lab in pairs:
+            of_excess[sample, out - 1] += of_rows[len(x) + sample, lab - 1, ops.COST]
     untouched = torch.empty((len(x), 0), dtype=torch.bool, device=x.device)
-    case = (x, labels, sites, pairs, untouched, counts, activation, quantity, no_tp, *pixel)
+    case = (x, labels, sites, untouched, counts, activation, quantity, no_tp, *pixel)
     no_terms = torch.full((7,), float("nan"), dtype=torch.float64, device=x.device)
     slopes = torch.full((*of_rows.shape[:2], ops.SLOPES_COLUMNS), float("nan"), dtype=torch.float64, device=x.device)
-    return tables.launch_sum_instances_backward(no_terms, slopes, of_rows, of_whole, of_pixel, *case, ops.NO_GRADIENT)
+    grads = of_rows, of_excess, of_whole, of_pixel
+    return tables.launch_sum_instances_backward(no_terms, slopes, *grads, *case, ops.NO_GRADIENT)

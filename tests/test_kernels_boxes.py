@@ -5,11 +5,11 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from kernel_cases import DEVICE, FAR, assert_same, used
+from kernel_cases import DEVICE, FAR, assert_same, boxes, used
 
 pytest.importorskip("triton")
 
-from triton_instance_loss.kernels import centers, proximity
+from triton_instance_loss.kernels import centers, prepare
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -58,7 +58,7 @@ def assert_overlaps(sides, owners):
     rows = torch.arange(1, geometry.shape[1] + 1, device=DEVICE).view(-1, 1, 1, 1, 1)
     others = owners.roll(len(owners) // 2, 0) > 0
     owned = torch.stack([((owners == rows) & (others == side)).sum((2, 3, 4)).T for side in (False, True)], -1)
-    assert_same([used(centers.launch_center_overlaps(*sides), counts[1:])], [owned])
+    assert_same([used(boxes(*sides)[0], counts[1:])], [owned])
 
 
 @pytest.mark.parametrize(("shape", "offsets", "kept", "num_labels"), GEOMETRIES)
@@ -81,7 +81,7 @@ def test_centers_drawn():
     owner, covered = centers.launch_center_volumes(geometry, counts, [1, 1, 6], [1, 1, 1])
     assert owner.flatten().tolist() == [0, 1, 1, 1, 0, 0]
     assert not covered.any()
-    owned = centers.launch_center_overlaps(geometry, counts, [1, 1, 6], [1, 1, 1])
+    owned = boxes(geometry, counts, [1, 1, 6], [1, 1, 1])[0]
     assert owned[0].tolist() == [[3, 0]]
 
 
@@ -98,7 +98,7 @@ def test_center_overlaps_drawn():
     geometry[0] = of_centers((0, 0, 3), (0, 0, 7), (0, 0, 5))
     geometry[1, :2] = of_centers((0, 0, 4), (0, 0, 8))
     counts = torch.tensor([[3], [3], [2]], dtype=torch.int32, device=DEVICE)
-    owned = centers.launch_center_overlaps(geometry, counts, [1, 1, 9], [1, 1, 1])
+    owned = boxes(geometry, counts, [1, 1, 9], [1, 1, 1])[0]
     assert owned[0].tolist() == [[1, 1], [0, 2], [1, 2]]
     assert owned[1, :2].tolist() == [[0, 3], [1, 2]]
 
@@ -126,8 +126,8 @@ CROWDS = [
 
 def assert_many(monkeypatch, shape, offsets, kept, num_labels, capacity):
     """Overlaps against the painted volumes, in blocks that boxes and tables are larger than."""
-    monkeypatch.setattr(centers, "BOX_BLOCK", 16)
-    monkeypatch.setattr(centers, "OTHERS_BLOCK", 4)
+    monkeypatch.setattr(prepare, "BOX_BLOCK", 16)
+    monkeypatch.setattr(prepare, "OTHERS_BLOCK", 4)
     geometry, counts = two_sides(shape, kept, num_labels, capacity=20)
     sides = (geometry[:, :capacity].contiguous(), counts, list(shape), list(offsets))  # counts may say more rows
     swapped = (sides[0].roll(len(kept), 0), counts[[0, 2, 1]], *sides[2:])
@@ -152,7 +152,7 @@ def test_centers_of_nothing():
     for batch, capacity, shape in ((0, 3, [2, 3, 4]), (2, 0, [2, 3, 4]), (2, 3, [2, 0, 4])):
         geometry = torch.zeros((2 * batch, capacity, 10), dtype=torch.int64, device=DEVICE)
         sides = (geometry, torch.zeros((3, batch), dtype=torch.int32, device=DEVICE), shape, [1, 1, 1])
-        assert centers.launch_center_overlaps(*sides).shape == (2 * batch, capacity, 2)
+        assert boxes(*sides)[0].shape == (2 * batch, capacity, 2)
         owner, covered = centers.launch_center_volumes(*sides)
         assert owner.shape == covered.shape == (batch, *shape)
         assert not owner.any()
@@ -182,7 +182,7 @@ def plain_diou(lows, highs, other_lows, other_highs, steps):
 
 def assert_minima(geometry, counts, shape, planar, spacing=(1.0, 1.0, 1.0)):
     """Distances to the nearest of the other side against the plain statement."""
-    ours = proximity.launch_proximity_minima(geometry, counts, list(shape), planar, list(spacing))
+    ours = boxes(geometry, counts, list(shape), None, planar, list(spacing))[1]
     batch = counts.shape[1]
     for b, (kept, num_labels) in enumerate(counts[1:].T.tolist()):
         sides = ((geometry[b], kept), (geometry[batch + b], num_labels))
@@ -203,7 +203,7 @@ def test_proximity_drawn():
     # bounds [2, 3]: extent 1, extended to [0, 4) with centre 2; against the middle [3, 5), centre 4: IoU 1/5, 2^2 / 5^2
     geometry = torch.tensor([[[2, 0, 0, 5, 0, 0, 2, 0, 0, 3]]], device=DEVICE).repeat(2, 1, 1)
     counts = torch.tensor([[5], [1], [0]], dtype=torch.int32, device=DEVICE)
-    ours = proximity.launch_proximity_minima(geometry, counts, [1, 1, 8], True, [1.0, 1.0, 1.0])
+    ours = boxes(geometry, counts, [1, 1, 8], None, True, [1.0, 1.0, 1.0])[1]
     # along the axis of length 1 the instance has [0, 1), the middle [-1, 1); their centres are 1 and 0
     expected = 1 - 1 / (4 + 4 - 1) + (4 + 1) / (25 + 4)
     assert ours.tolist() == [[pytest.approx(expected, abs=1e-9)]] * 2

@@ -128,15 +128,26 @@ def random_case(seed=0):
 
 def launch_terms(*case):
     """The terms and both slopes, without a total."""
-    ours, _, *slopes = terms.launch_terms(*case, (), torch.float64)
+    finished = torch.zeros((), dtype=torch.int32, device=DEVICE)
+    ours, _, *slopes = terms.launch_terms(*case, (), torch.float64, finished)
     return ours, *slopes
 
 
-def launch_terms_backward(grad, *case):
-    """Gradients of the sums of instances, of samples and of the pixel term's, from that of the terms alone."""
-    each, *grads = terms.launch_terms_backward(grad, None, (), *case)
+def launch_terms_backward(grad, slopes, of_samples, counts, *flags):
+    """Gradients of the sums of instances, of samples and of the pixel term's, from that of the terms alone.
+
+    That of the excess of outputs follows from the pairs that touch: here, the first label touches all of them.
+    """
+    batch = counts.shape[1]
+    outputs = torch.arange(1, slopes.shape[1] + 1, device=DEVICE)
+    pairs = ((outputs << 32) | 1).repeat(batch, 1)  # no slot is free, so each is found wherever it is
+    tables = slopes, of_samples, pairs, counts
+    each, of_rows, of_excess, *grads = terms.launch_terms_backward(grad, None, (), *tables, *flags)
     assert torch.equal(each, grad)
-    return grads
+    touch = (outputs <= counts[ops.KEPT, :, None]) & (counts[ops.LABELS, :, None] > 0)
+    brought = torch.where(touch, of_rows[batch:, :1, ops.COST], 0.0)
+    assert_same([used(of_excess, counts[ops.OUTPUTS])], [used(brought, counts[ops.OUTPUTS])])
+    return [of_rows, *grads]
 
 
 def with_mistakes(grad, slopes, grads):

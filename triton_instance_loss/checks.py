@@ -355,13 +355,20 @@ def _unlike(low: float, high: float, most: float) -> float:
 
 
 def logits(outputs: Tensor, activation: str, ignored: Tensor | None) -> str | None:
-    """What to say of outputs that look like probabilities or a mask where logits are expected; None if nothing."""
-    # Few outputs are looked at first: any of a network that is below 0 tells, and then all is well.
+    """What to say of outputs that look like probabilities or a mask where logits are expected; None if nothing.
+
+    They are (B, N, *spatial), float32 or float64.
+    """
     if activation == "none" or not debugging(outputs):
         return None
-    for some in (outputs[(0,) * outputs.ndim], outputs[0, 0, 0].reshape(-1)[:1024], outputs):
-        if not _in_unit_interval(some):
+    # Few outputs are looked at first: any of a network that is below 0 tells, and then all is well.
+    if _shares_memory(outputs):
+        few = outputs.detach().numpy()[0, 0, 0].ravel()[:1024]
+        if few[0] < 0 or few[0] > 1 or few.min() < 0 or few.max() > 1:
             return None
+    low, high = _limits(outputs)
+    if not (low >= 0 and high <= 1):
+        return None
     if ignored is not None and bool(ignored.all()):
         return None
     return (
@@ -370,16 +377,16 @@ def logits(outputs: Tensor, activation: str, ignored: Tensor | None) -> str | No
     )
 
 
-def _in_unit_interval(values: Tensor) -> bool:
-    low, high = _limits(values)
-    return low >= 0 and high <= 1
+def _shares_memory(values: Tensor) -> bool:
+    """Whether NumPy can look at them, whose calls cost less than PyTorch's."""
+    return values.device.type == "cpu" and not torch._C._functorch.is_functorch_wrapped_tensor(values)
 
 
 def _limits(values: Tensor) -> tuple[float, float]:
     """The smallest and the largest value, NaN if one is NaN."""
     wider = {torch.bool: torch.uint8, torch.bfloat16: torch.float32}.get(values.dtype, values.dtype)
     low, high = torch.aminmax(values.detach().to(wider))
-    if values.device.type == "cpu" and not torch._C._functorch.is_functorch_wrapped_tensor(low):
+    if _shares_memory(low):
         low, high = low.numpy(), high.numpy()  # type: ignore[assignment] # nothing waits, and no tool counts it as that
     return low.item(), high.item()
 

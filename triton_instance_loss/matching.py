@@ -134,7 +134,7 @@ def find_sides(
         raise ValueError(
             "cc_label_batch must be None with matching='dilated', which finds its instances itself, got a tensor."
         )
-    suspicion = checks.logits(outputs, "sigmoid", given.ignored) if options.activation == "sigmoid" else None
+    suspicion = checks.logits(given.outputs, "sigmoid", given.ignored) if options.activation == "sigmoid" else None
     if suspicion is not None:
         raise ValueError(suspicion)
     with torch.no_grad(), without_autocast(given.outputs.device.type):

@@ -48,7 +48,7 @@ class Scene:
     ) -> None:
         self.options, self.outputs_too = options, outputs_too
         self.given = given = check_and_widen(outputs, labels, cc_label_batch, ignore_mask, options)
-        if (suspicion := checks.logits(outputs, options.activation, given.ignored)) is not None:
+        if (suspicion := checks.logits(given.outputs, options.activation, given.ignored)) is not None:
             checks.warn_once(options, "logits", suspicion)
         with without_autocast(given.outputs.device.type):
             self.x, self.truth = to_activate(given, options), to_compare(given, options)

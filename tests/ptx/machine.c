@@ -13,7 +13,7 @@ typedef int8_t s8; typedef int16_t s16; typedef int32_t s32; typedef int64_t s64
 
 /* As in ptx.py and machine.py: an instruction and its kind, the first rows, a launch. */
 typedef struct {
-    s32 operation, kind, line, begins, guard, negated, size, count, is_signed, strong, offset, target, to[4], from[5];
+    s32 operation, kind, line, begins, guard, negated, size, count, is_signed, strong, fences, offset, target, to[4], from[5];
 } Instruction;
 enum { ALU, CONTROL, GLOBAL, SHARED, SYNC, BARRIER };
 enum { TID_X, LANEID, CTAID_X, CTAID_Y, CTAID_Z, NCTAID_X, NCTAID_Y, NCTAID_Z, NTID_X, ZERO, CONSTANTS };
@@ -217,6 +217,7 @@ static u64 changed(const Instruction *i, u64 old, u64 v, u64 u) {
 static void global_atomic(Warp *w, u32 l, u64 a, const Instruction *i) {
     if (!allocated(w, l, a, i->size, i->line, "atomic")) return;
     u32 sm = w->block->sm;
+    if (i->fences) fence(w);
     for (u32 k = 0; k < G.stores[sm];) {
         Store *s = G.store[sm] + k++;
         if (s->a < a + i->size && a < s->a + s->n) { arrive(sm, k - 1); k = 0; }

@@ -12,8 +12,9 @@ sees is what PTX promises and no more:
 
 Modes: *order* runs blocks one after the other. *random* keeps many blocks resident, and after each access to memory any
 warp goes on; a warp's access may fall into parts. *weak* besides lets plain loads give what the block's multiprocessor
-has read before in the launch, and plain stores reach memory late and in another order, except at one address. Outside
-of order, results of approximate instructions are off by a last bit.
+has read before in the launch, and plain stores reach memory late and in another order, except at one address; a fence,
+or an atomic that acquires and releases, ends both. Outside of order, results of approximate instructions are off by a
+last bit.
 
 It does not show what ptxas makes of the PTX (which may fuse a product and a sum), how long anything takes, nor the
 operations of PyTorch between the kernels.

@@ -16,7 +16,7 @@ SPECIAL = ["%tid.x", "%laneid", "%ctaid.x", "%ctaid.y", "%ctaid.z", "%nctaid.x",
 ZERO, CONSTANTS = len(SPECIAL), len(SPECIAL) + 1
 INSTRUCTION = np.dtype(
     [(name, np.int32) for name in ("operation", "kind", "line", "begins", "guard", "negated", "size", "count")]
-    + [(name, np.int32) for name in ("is_signed", "strong", "offset", "target")]
+    + [(name, np.int32) for name in ("is_signed", "strong", "fences", "offset", "target")]
     + [("to", np.int32, 4), ("from", np.int32, 5)]
 )
 # What may stand between the operation and the type of an access; the table of operations holds all else.
@@ -177,6 +177,7 @@ class Program:
         i["kind"] = SHARED if "shared" in parts else GLOBAL
         i["size"], i["is_signed"], i["count"] = int(kind[1:]) // 8, kind[0] == "s", 1
         i["strong"] = bool({"relaxed", "volatile", "acquire"} & set(parts))
+        i["fences"] = "acq_rel" in parts
         atomic = ATOMICS & set(parts)
         if set(parts[1:-1]) - MODIFIERS - atomic or len(atomic) != (action in ("atom", "red")):
             raise PtxError("modifiers")
