@@ -309,13 +309,13 @@ def begin(mask: Tensor) -> Cells:
 
 
 def unite(cells: Cells, ids: bool) -> Tensor:
-    """Hang nodes under the roots of their components; how many roots are in each block of voxels, (B, blocks) int32.
+    """Hang nodes under the roots of their components; how many roots are in each block of voxels, (B * blocks,) int32.
 
     With `ids` the parents become the ids of components.
     """
     batch, *shape = cells.parents.shape
     roots_block, num_blocks = blocks_of(cells.parents)
-    roots = cells.parents.new_empty((batch, num_blocks))
+    roots = cells.parents.new_empty(batch * num_blocks)
     if cells.parents.numel() > 0:
         num_cells = cells.bytes.shape[1]
         block = block_size(num_cells, threads(MERGE_WARPS))

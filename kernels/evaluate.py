@@ -1,12 +1,15 @@
-"""The terms of what was found, and their gradient: `evaluate` and its backward of ops.py.
+"""The terms of what was found, and their gradient: `evaluate`, `find_and_evaluate` and their backward of ops.py.
 
 They are made of launches of other rooms, one after the other.
 """
+
+from typing import Any
 
 from torch import Tensor
 
 from .. import ops
 from ..ratios import numbers
+from .instances import launch_find
 from .prepare import prepare
 from .tables import launch_sum_instances_backward, sum_instances
 from .terms import launch_terms, launch_terms_backward
@@ -21,6 +24,7 @@ def launch_evaluate(
     health: Tensor,
     values: Tensor | None,
     totals: Tensor | None,
+    weights: list[float],
     activation: int,
     quantity: int,
     no_tp: bool,
@@ -30,7 +34,6 @@ def launch_evaluate(
     spacing: list[float],
     proximity: bool,
     criteria: list[float],
-    weights: list[float],
     classes: int,
     reduction: int,
     rates: bool,
@@ -47,6 +50,13 @@ def launch_evaluate(
         *results, of_criteria, classes, reduction, rates, tuple(weights), x.dtype, tables.finished
     )
     return terms, total, [*slopes, tables.pairs, tables.touched]
+
+
+def launch_find_and_evaluate(
+    x: Tensor, labels: Tensor, ids: Tensor | None, weights: list[float], *options: Any
+) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], Tensor]:
+    """Terms, their sum with weights, what the backward wants, sites and counts."""
+    return ops.find_then_evaluate(launch_find, launch_evaluate, x, labels, ids, weights, *options)
 
 
 def launch_evaluate_backward(

@@ -301,7 +301,7 @@ def number(
     batch, num_voxels = ids.shape[0], ids.shape[1:].numel()
     block, programs = blocks_of(ids)
     names = torch.zeros_like(ids)
-    parts = ids.new_empty((batch, programs))
+    parts = ids.new_empty(batch * programs)
     if ids.numel() > 0:
         launch(_tally_kernel, (programs, batch), ids, names, num_voxels, min_size > 0, block, num_warps=REDUCE_WARPS)
         launch(_count_kernel, (programs, batch), names, parts, num_voxels, min_size, block, num_warps=REDUCE_WARPS)
@@ -322,7 +322,7 @@ def number_components(
     ending: Ending | None = None,
     too_many: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same of united cells, whose parents become the row map; `roots` (B, blocks) int32 counts them in each block.
+    """The same of united cells, whose parents become the row map; `roots` (B * blocks,) int32 counts them by block.
 
     It also writes what `find` ends with, if that is given.
     """
@@ -343,7 +343,7 @@ def number_components(
 
 
 def _rank(names: Tensor, parts: Tensor, capacity: int, rest_sizes: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Give names their rows; `parts` (B, blocks) int32 counts them. How many there are, and tables with such rows."""
+    """Give names their rows; `parts` (B * blocks,) int32 counts them. How many there are, and tables with such rows."""
     batch, num_voxels = len(names), names.shape[1:].numel()
     counts = torch.empty(batch, dtype=torch.int32, device=names.device)
     geometry = torch.empty((batch, capacity, ops.GEOMETRY_COLUMNS), dtype=torch.int64, device=names.device)
@@ -353,7 +353,7 @@ def _rank(names: Tensor, parts: Tensor, capacity: int, rest_sizes: Tensor | None
         return counts.zero_(), geometry, rest_sizes
     block, num_blocks = blocks_of(names)
     # One flat cumsum: along the last axis of a few long rows, torch's runs on a few threads.
-    ends = parts.flatten().cumsum(0, dtype=torch.int32)
+    ends = parts.cumsum(0, dtype=torch.int32)
     launch(_rank_kernel, (cut(num_blocks, RANK_BLOCKS.value), batch),
         names, ends, counts, geometry, rest_sizes, num_voxels, num_blocks, capacity, *rest_sizes.shape, block,
         num_warps=REDUCE_WARPS,

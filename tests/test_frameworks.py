@@ -159,23 +159,8 @@ def operator_arguments(device, backend):
     maps = ops.row_maps(x, sites)
     criteria, weights = describe(*[fused_form(DICE)] * 3, 1e-7), [1.0] * 7
     how = (ops.SIGMOID, 0, True)
-    evaluate = (
-        x,
-        sites,
-        counts,
-        geometry,
-        pixel_sums,
-        health,
-        None,
-        None,
-        *how,
-        128,
-        False,
-        3.0,
-        [1.0, 2.0, 0.7],
-        True,
-    )
-    evaluate += (criteria, weights, 1, ops.BY_MEAN, True)
+    of_terms = 0, True, 128, False, 3.0, [1.0, 2.0, 0.7], True, criteria, 1, ops.BY_MEAN, True
+    evaluate = (x, sites, counts, geometry, pixel_sums, health, None, None, weights, ops.SIGMOID, *of_terms)
     terms, total, kept = ops.evaluate(*evaluate)
     regions = (x, labels, maps[3], counts[ops.LABELS])
     region_loss = (*regions, None, ops.SIGMOID, ops.BLOB, [1.0, 1.0, 1e-5, 0.0], 1, rows[0])
@@ -189,6 +174,7 @@ def operator_arguments(device, backend):
         "number_instances": (maps[2].long() * 2**40, 0, 36),
         "sum_instances": sum_instances,
         "evaluate": evaluate,
+        "find_and_evaluate": (*find[:3], weights, *find[3:], *of_terms),
         "evaluate_backward": (*backward, ops.OF_LOGARITHM, False),
         "center_volumes": (geometry, counts, [5, 6, 7], [1, 2, 3]),
         "unclaimed": (x, sites, counts, geometry, 128),

@@ -46,8 +46,9 @@ def test_rows_of_a_patch(monkeypatch, triton):
     monkeypatch.setattr(
         instances.ops, "find", lambda *arguments: seen.append(arguments[-2:]) or [(None, None), *[None] * 4]
     )
+    x = labels = torch.zeros(1, 64, 64, 64)
     for options in (instances.Options(), instances.Options(max_cc_out=0), instances.Options(num_iterations=9)):
-        instances.find(torch.zeros(1, 64, 64, 64), torch.zeros(1, 64, 64, 64), None, (-1, 0), options)
+        instances.find(x, labels, instances.search(x, labels, None, (-1, 0), options))
     # a quarter of the blocks, and the rest; with all outputs kept, or one id a voxel, no rest
     assert seen == [(8192, 24576), (32768, 0), (64**3, 0)]
 

@@ -23,6 +23,7 @@ LABEL_ADVICE = (
 MAX_SAMPLES = 2**15 - 1  # outputs and labels are labelled together, and a CUDA grid has 65535 places for samples
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 DEVICES = ("cpu", "cuda")
+WIDER = {torch.bool: torch.uint8, torch.bfloat16: torch.float32}  # types that PyTorch finds no limits of
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
@@ -379,13 +380,16 @@ def logits(outputs: Tensor, activation: str, ignored: Tensor | None) -> str | No
 
 def _shares_memory(values: Tensor) -> bool:
     """Whether NumPy can look at them, whose calls cost less than PyTorch's."""
-    return values.device.type == "cpu" and not torch._C._functorch.is_functorch_wrapped_tensor(values)
+    transformed = torch._C._are_functorch_transforms_active()
+    transformed = transformed or torch._C._functorch.is_functorch_wrapped_tensor(values)
+    return type(values) is Tensor and values.device.type == "cpu" and not transformed
 
 
 def _limits(values: Tensor) -> tuple[float, float]:
     """The smallest and the largest value, NaN if one is NaN."""
-    wider = {torch.bool: torch.uint8, torch.bfloat16: torch.float32}.get(values.dtype, values.dtype)
-    low, high = torch.aminmax(values.detach().to(wider))
+    if values.dtype in WIDER:
+        values = values.to(WIDER[values.dtype])
+    low, high = torch.aminmax(values.detach())
     if _shares_memory(low):
         low, high = low.numpy(), high.numpy()  # type: ignore[assignment] # nothing waits, and no tool counts it as that
     return low.item(), high.item()

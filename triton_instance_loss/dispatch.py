@@ -26,6 +26,7 @@ ROOMS = {
     "number_instances": "components",
     "sum_instances": "tables",
     "evaluate": "evaluate",
+    "find_and_evaluate": "evaluate",
     "evaluate_backward": "evaluate",
     "center_volumes": "centers",
     "unclaimed": "claims",

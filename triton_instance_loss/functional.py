@@ -8,6 +8,7 @@ from torch import Tensor
 
 from . import checks, ops, quantities, slow
 from .activation import Given, activated, background, health_of, probabilities, without_autocast
+from .components import capacity_bound
 from .criteria import (
     DICE,
     DICE_FORM,
@@ -17,7 +18,7 @@ from .criteria import (
     refuse_cross_entropy,
     warn_if_slow,
 )
-from .instances import Found, instances_of_all
+from .instances import instances_of_all
 from .options import Options
 from .regions import Scene
 from .terms import TERMS, FusedTerms, apply, request
@@ -42,8 +43,9 @@ def evaluate_terms(
 
     `scene` is what was made of the tensors, if other losses look at them too.
     """
+    alone = scene is None
     scene = scene or Scene(outputs, labels, cc_label_batch, ignore_mask, options)
-    slow_terms, fused, terms, _ = _evaluate(scene, options, names, (pixel, instance, center), ())
+    slow_terms, fused, terms, _ = _evaluate(scene, alone, options, names, (pixel, instance, center), ())
     if terms is not None:
         of_all = dict(zip(TERMS, terms.unbind(), strict=True))
         slow_terms.update((name, of_all[name]) for name in fused)
@@ -73,8 +75,9 @@ def evaluate_sum(
         weighted = [weights[name] * term for name, term in of_terms.items()]
         return torch.stack(weighted).sum() if weighted else None, {n: t.detach() for n, t in of_terms.items()}
     of_all = tuple(weights.get(name, 0.0) for name in TERMS)
+    alone = scene is None
     scene = scene or Scene(*inputs, options)
-    slow_terms, fused, terms, total = _evaluate(scene, options, weights, criteria, of_all)
+    slow_terms, fused, terms, total = _evaluate(scene, alone, options, weights, criteria, of_all)
     for name, term in slow_terms.items():
         total = weights[name] * term if total is None else total + weights[name] * term
     of_all_terms = {name: term.detach() for name, term in slow_terms.items()}
@@ -94,12 +97,16 @@ class _Evaluated(NamedTuple):
 
 def _evaluate(
     scene: Scene,
+    alone: bool,
     options: Options,
     names: Collection[str],
     criteria: tuple[Criterion | None, Criterion | None, Criterion | None],
     weights: tuple[float, ...],
 ) -> _Evaluated:
-    """Evaluate the terms `names` of a call, and the sum of the fused ones with `weights`, one for each of TERMS."""
+    """Evaluate the terms `names` of a call, and the sum of the fused ones with `weights`, one for each of TERMS.
+
+    `alone`: nobody else asks the scene what was found.
+    """
     pixel, instance, center = criteria[0], *(criterion or DICE for criterion in criteria[1:])
     pixel_form, instance_form, center_form = (DICE_FORM if each is None else fused_form(each) for each in criteria)
     given, x, truth, carrier = scene.given, scene.x, scene.truth, scene.carrier
@@ -111,30 +118,37 @@ def _evaluate(
             slow_terms["pixel"] = _pixel(x, carrier, truth, given, pixel, options) * health_of(looked_at, truth)
         if not set(names) - {"pixel"}:
             return _Evaluated(slow_terms, (), None, None)
-        seen_and_summed = seen, pixel_form.code if pixel_form else quantities.MASS
-        found = scene.find(seen_and_summed, options)
-        _say_what_is_capped(found, options)
-        if center_form is None and "center" in names:
+        is_slow = {"pixel": seen == ops.NOT_FUSED, "center": center_form is None}
+        fused = tuple(name for name in TERMS if name in names and not is_slow.get(name))
+        wanted = request(fused, options, seen, (pixel_form, instance_form, center_form))
+        given_values = wanted.wants_instances and instance_form is None
+        if wanted.wants_instances and wanted.quantity == quantities.CROSS_ENTROPY and not given_values:
+            _look_at_cross_entropy(x, options)
+        how = scene.search((seen, pixel_form.code if pixel_form else quantities.MASS), options)
+        arguments = carrier, None, None if x is carrier else x.detach(), truth, wanted, weights, how
+        slow_center = "center" in names and center_form is None
+        if alone and looked_at is x and options.process_group is None and not (slow_center or given_values):
+            terms, total, *_, counts = apply(FusedTerms, *arguments, *(None,) * 7)
+            _say_what_is_capped(counts, x, options)
+            return _Evaluated(slow_terms, fused, terms, total if weights else None)
+
+        found = scene.find(how)
+        _say_what_is_capped(found.counts, x, options)
+        if slow_center:
             volumes = slow.volumes(x, carrier, found, options)
             slow_terms["center"] = slow.center(volumes, found, center, options) * health_of(looked_at, truth)
-        fused = tuple(name for name in TERMS if name in names and name not in slow_terms)
         if not fused:
             return _Evaluated(slow_terms, (), None, None)
-        wanted = request(fused, options, seen, (pixel_form, instance_form, center_form))
         values: Tensor | None = None
-        if wanted.wants_instances and instance_form is None:
+        if given_values:
             volumes = slow.volumes(x, carrier, found, options)
             values = slow.instance_values(volumes, found, instance, options)
-        elif wanted.wants_instances and wanted.quantity == quantities.CROSS_ENTROPY:
-            _look_at_cross_entropy(x, options)
         health = found.health
         if looked_at is not x:  # after a softmax, infinity no longer shows
             health = health * health_of(looked_at, truth)
-        terms, total, *_ = apply(
-            FusedTerms, carrier, values, None if x is carrier else x.detach(), truth, health,
-            instances_of_all(found.counts, options), wanted, weights, found.counts, found.geometry, found.pixel_sums,
-            *found.sites, found.pairs,
-        )  # fmt: skip
+        tables = *found.sites, found.counts, found.geometry, found.pixel_sums, health
+        totals = instances_of_all(found.counts, options)
+        terms, total, *_ = apply(FusedTerms, carrier, values, *arguments[2:], *tables, totals)
         return _Evaluated(slow_terms, fused, terms, total if weights else None)
 
 
@@ -151,13 +165,13 @@ def _look_at_cross_entropy(x: Tensor, options: Options) -> None:
         checks.warn_once(options, "cross entropy", message)
 
 
-def _say_what_is_capped(found: Found, options: Options) -> None:
+def _say_what_is_capped(counts: Tensor, x: Tensor, options: Options) -> None:
     """Warn once where `max_cc_out` leaves out outputs, if looking is free."""
-    most = found.geometry.shape[1] + found.sites[1].shape[1]  # there cannot be more: rows and rest, or voxels
-    if options.max_cc_out == 0 or most <= options.max_cc_out or not checks.debugging(found.counts):
+    most = capacity_bound(x.shape, options.num_iterations)
+    if options.max_cc_out == 0 or most <= options.max_cc_out or not checks.debugging(counts):
         return
     # (no NumPy here: under torch.func there is no memory to share)
-    outputs, kept = found.counts[ops.OUTPUTS], found.counts[ops.KEPT]
+    outputs, kept = counts[ops.OUTPUTS], counts[ops.KEPT]
     if int(outputs.max()) <= options.max_cc_out:  # what it nearly always is
         return
     capped = outputs[(kept == options.max_cc_out) & (outputs > kept)]

@@ -1,6 +1,6 @@
 """The instances of a batch: where they are, how many, and how large."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,37 +29,50 @@ class Found(NamedTuple):
     pairs: int  # how many slots the pairs (kept output, label) that touch need
 
 
-def find(
+class Search(NamedTuple):
+    """How instances are found, in the words of the operator `find`."""
+
+    ids: Tensor | None
+    options: tuple[Any, ...]
+    pairs: int  # how many slots the pairs (kept output, label) that touch need
+
+
+def search(
     x: Tensor,
     labels: Tensor,
     cc_label_batch: Tensor | None,
     pixel: tuple[int, int],
     options: Options,
     every: bool = False,
-) -> Found:
-    """Label both volumes, number and measure their instances, and decide which outputs are kept.
+) -> Search:
+    """How the instances of a call are found.
 
     `pixel` says what the pixel term sees, and the code of its quantity; `every`: each output is to have a row.
     """
     bound = capacity_bound(x.shape, options.num_iterations)
+    on_gpu = ops.backend(x) == "triton"
     ids = None
     if cc_label_batch is not None:
         ids = for_each_class(cc_label_batch, options)
-        if ops.backend(x) == "triton":  # the CPU looks at labels anyway
+        if on_gpu:  # the CPU looks at labels anyway
             ids = ids * (labels > 0.5)
         bound = x[0].numel()
-    search = (options.num_iterations or 0, options.min_instance_size)
-    keep = (options.max_cc_out, float(options.mul_too_many))
-    rows = rows_of_tables(x, bound)
+    rows = bound if on_gpu else rows_of_tables(x, bound)
     some_suffice = not every and ids is None and options.num_iterations is None and options.max_cc_out > 0
-    if some_suffice and ops.backend(x) == "triton":
+    if some_suffice and on_gpu:
         rows = min(rows, max(bound // BLOCKS_A_ROW[options.spatial_dims], FEW_ROWS, options.max_cc_out))
-    sites, pixel_sums, health, counts, geometry = ops.find(
-        x, labels, ids, *activation_of(options), *pixel, *search, *keep, rows, bound - rows if rows else 0
-    )
-    where, which = sites
+    of_instances = options.num_iterations or 0, options.min_instance_size
+    of_kept = options.max_cc_out, float(options.mul_too_many)
+    wanted = *activation_of(options), *pixel, *of_instances, *of_kept, rows, bound - rows if rows else 0
     # A voxel makes at most one pair, and whole components at most one a 2x2x2 block; a hash set is to stay half empty.
-    return Found((where, which), counts, geometry, pixel_sums, health, 2 * bound)
+    return Search(ids, wanted, 2 * bound)
+
+
+def find(x: Tensor, labels: Tensor, how: Search) -> Found:
+    """Label both volumes, number and measure their instances, and decide which outputs are kept."""
+    sites, pixel_sums, health, counts, geometry = ops.find(x, labels, how.ids, *how.options)
+    where, which = sites
+    return Found((where, which), counts, geometry, pixel_sums, health, how.pairs)
 
 
 def instances_of_all(counts: Tensor, options: Options) -> Tensor | None:

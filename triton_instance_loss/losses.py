@@ -485,7 +485,8 @@ class WeightedSum(_Loss):
         """The same; `scene` is what was made of the tensors, if other losses look at them too."""
         used = {name: weight for name, weight in self.weights.plain.items() if weight != 0.0}
         inputs = outputs, labels, cc_label_batch, ignore_mask
-        total, self.terms = self.loss.evaluate_sum(*inputs, used, scene)
+        # (torch.nn.Module looks at each attribute that is set)
+        total, self.__dict__["terms"] = self.loss.evaluate_sum(*inputs, used, scene)
         if total is not None and (total.requires_grad or not outputs.requires_grad):
             return total
         # The sum of no voxels is connected to all of them, and costs no pass.

@@ -22,7 +22,7 @@ from .activation import (
     without_autocast,
 )
 from .components import rows_of_tables
-from .instances import Found, find
+from .instances import Found, find, search
 from .options import Options
 
 Matching = Literal["overlap", "iou", "dilated"]
@@ -140,7 +140,8 @@ def find_sides(
     with torch.no_grad(), without_autocast(given.outputs.device.type):
         x, truth = _to_activate(given, options), to_compare(given, options)
         merged = _merged(truth, rules) if rules.dilated else None
-        found = find(x, truth if merged is None else merged > 0, given.ids, _PIXEL, options)
+        labels = truth if merged is None else merged > 0
+        found = find(x, labels, search(x, labels, given.ids, _PIXEL, options))
         health = _health(given, x, truth, found, options)
         if cc_output_batch is not None:
             ids = whole("cc_output_batch", unwrap(cc_output_batch))

@@ -10,6 +10,7 @@ There may be more outputs than that, `rest` at most; they are only counted, and 
 import functools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -120,9 +121,15 @@ _SCHEMAS = {
     #    same backend's backward wants: slopes of instances (2 B, capacity, 5; of a side without any, row 0), those of
     #    samples (B, 8), float64, pairs, and which of the rest of the outputs touch a label
     "evaluate": "(Tensor x, Tensor[] sites, Tensor counts, Tensor geometry, Tensor pixel_sums, Tensor health,"
-    " Tensor? values, Tensor? totals, int activation, int quantity, bool no_tp, int pairs, bool planar, float? offset,"
-    " float[3] spacing, bool proximity, float[] criteria, float[] weights, int classes, int reduction, bool rates)"
-    " -> (Tensor, Tensor, Tensor[])",
+    " Tensor? values, Tensor? totals, float[] weights, int activation, int quantity, bool no_tp, int pairs,"
+    " bool planar, float? offset, float[3] spacing, bool proximity, float[] criteria, int classes, int reduction,"
+    " bool rates) -> (Tensor, Tensor, Tensor[])",
+    # `find`, and `evaluate` of what it finds, without values or totals: the options of the one, then those of the other
+    # but the activation -> what `evaluate` gives, sites, counts
+    "find_and_evaluate": "(Tensor x, Tensor labels, Tensor? ids, float[] weights, int activation, float threshold,"
+    " int pixel, int pixel_quantity, int num_iterations, int min_size, int max_kept, float too_many, int capacity,"
+    " int rest, int quantity, bool no_tp, int pairs, bool planar, float? offset, float[3] spacing, bool proximity,"
+    " float[] criteria, int classes, int reduction, bool rates) -> (Tensor, Tensor, Tensor[], Tensor[], Tensor)",
     # gradients of the terms (7,), and of their sum, either of which may be missing; with masses the surrogate's, with
     # flows those of sums over instances; what gradient mistakes have; whether values of the criterion were given
     # -> gradient of z, of the shape and dtype of x, and of the values (2 B, capacity), or of nothing. With an
@@ -237,6 +244,7 @@ def _fake_evaluate(
     health: Tensor,
     values: Tensor | None,
     totals: Tensor | None,
+    weights: list[float],
     activation: int,
     quantity: int,
     no_tp: bool,
@@ -246,7 +254,6 @@ def _fake_evaluate(
     spacing: list[float],
     proximity: bool,
     criteria: list[float],
-    weights: list[float],
     classes: int,
     reduction: int,
     rates: bool,
@@ -255,6 +262,26 @@ def _fake_evaluate(
     of_samples = pixel_sums.new_empty((x.shape[0], SAMPLE_SLOPES_COLUMNS))
     *_, where, touched = _fake_sum_instances(x, sites, counts, geometry, activation, quantity, no_tp, pairs)
     return x.new_empty((PROXIMITY + 1,)), x.new_empty(()), [slopes, of_samples, where, touched]
+
+
+def find_then_evaluate(
+    find: Any,
+    evaluate: Any,
+    x: Tensor,
+    labels: Tensor,
+    ids: Tensor | None,
+    weights: list[float],
+    activation: int,
+    *options: Any,
+) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], Tensor]:
+    """The operator `find_and_evaluate`, of a backend's other two."""
+    of_find, of_evaluate = options[:9], options[9:]
+    sites, pixel_sums, health, counts, geometry = find(x, labels, ids, activation, *of_find)
+    found = x, sites, counts, geometry, pixel_sums, health, None, None
+    return *evaluate(*found, weights, activation, *of_evaluate), sites, counts
+
+
+_fake_find_and_evaluate = functools.partial(find_then_evaluate, _fake_find, _fake_evaluate)
 
 
 def _fake_evaluate_backward(
@@ -362,6 +389,7 @@ find_instances = operator("find_instances")
 number_instances = operator("number_instances")
 sum_instances = operator("sum_instances")
 evaluate = operator("evaluate")
+find_and_evaluate = operator("find_and_evaluate")
 evaluate_backward = operator("evaluate_backward")
 center_volumes = operator("center_volumes")
 unclaimed = operator("unclaimed")

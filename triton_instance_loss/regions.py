@@ -21,7 +21,7 @@ from .activation import (
     without_autocast,
 )
 from .components import capacity_bound, rows_of_tables
-from .instances import Found, find
+from .instances import Found, Search, find, search
 from .options import Options, of_volume
 from .terms import OnceDifferentiable, apply
 
@@ -57,15 +57,18 @@ class Scene:
         self._sides: dict[int, Regions] = {}
         self._cells: dict[Any, Regions] = {}
 
-    def find(self, pixel: tuple[int, int], options: Options) -> Found:
-        """The instances of both sides, and the sums of a pixel term; kept for the losses that follow."""
-        found = find(self.x.detach(), self.truth, self.given.ids, pixel, options, self.outputs_too)
-        self._found = found
-        return found
+    def search(self, pixel: tuple[int, int], options: Options) -> Search:
+        """How the instances of both sides are found, with the sums of a pixel term."""
+        return search(self.x, self.truth, self.given.ids, pixel, options, self.outputs_too)
+
+    def find(self, how: Search) -> Found:
+        """The instances of both sides; kept for the losses that follow."""
+        self._found = find(self.x.detach(), self.truth, how)
+        return self._found
 
     def found(self) -> Found:
         """The instances of both sides."""
-        return self._found or self.find((ops.NOT_FUSED, quantities.MASS), self.options)
+        return self._found or self.find(self.search((ops.NOT_FUSED, quantities.MASS), self.options))
 
     def instances(self, side: int) -> Regions:
         """The regions that are instances: those of `ops.LABELS` or of `ops.OUTPUTS`."""

@@ -15,6 +15,7 @@ from torch import Tensor
 from . import ops, quantities
 from .activation import activation_of
 from .criteria import FusedCriterion
+from .instances import Search
 from .options import Options, of_volume
 from .ratios import describe
 
@@ -29,6 +30,8 @@ TERMS = (
 )
 # A criterion that changes at each call makes requests of which none comes again.
 MOST_REQUESTS = 64
+# How many of its tensors an operator's backward wants to see again.
+KEPT_TENSORS = 4
 _OF_INSTANCES = {"instance_label", "instance_output", "proximity"}
 
 
@@ -133,7 +136,10 @@ class OnceDifferentiable(torch.autograd.Function):
 
 
 class FusedTerms(torch.autograd.Function):
-    """The terms of a request as a function of the volume that gradients flow into, and of values that are given."""
+    """The terms of a request as a function of the volume that gradients flow into, and of values that are given.
+
+    Of what was found or, without that, of what there is to be found.
+    """
 
     @staticmethod
     def forward(
@@ -141,56 +147,55 @@ class FusedTerms(torch.autograd.Function):
         values: Tensor | None,
         x: Tensor | None,
         labels: Tensor,
-        health: Tensor,
-        totals: Tensor | None,
         wanted: Request,
         weights: tuple[float, ...],
-        counts: Tensor,
-        geometry: Tensor,
-        pixel_sums: Tensor,
-        where: Tensor,
-        which: Tensor,
-        pairs: int,
+        how: Search,
+        where: Tensor | None,
+        which: Tensor | None,
+        counts: Tensor | None,
+        geometry: Tensor | None,
+        pixel_sums: Tensor | None,
+        health: Tensor | None,
+        totals: Tensor | None,
     ) -> tuple[Tensor, ...]:
         """All terms, (7,), 0 where not wanted, and their sum with weights; and what the backward wants to know.
 
-        x is None where it is the carrier.
+        x is None where it is the carrier; what comes after `how` is None if nothing was found before.
         """
-        volume = carrier if x is None else x
-        terms, total, kept = ops.evaluate(
-            volume,
-            [where, which],
-            counts,
-            geometry,
-            pixel_sums,
-            health,
-            None if values is None else values.double(),
-            totals,
-            wanted.activation,
+        evaluation = (
             wanted.quantity,
             wanted.no_tp,
-            pairs,
+            how.pairs,
             wanted.planar,
             wanted.offset,
             wanted.spacing,
             "proximity" in wanted.names,
             wanted.criteria,
-            weights,
             wanted.classes,
             wanted.reduction,
             wanted.rates,
         )
+        volume = carrier if x is None else x
+        if counts is None:
+            search = volume, labels, how.ids, weights, *how.options
+            terms, total, kept, sites, counts = ops.find_and_evaluate(*search, *evaluation)
+            return terms, total, *kept, *sites, counts
+        tables = volume, [where, which], counts, geometry, pixel_sums, health
+        given = None if values is None else values.double(), totals
+        terms, total, kept = ops.evaluate(*tables, *given, weights, wanted.activation, *evaluation)
         return terms, total, *kept
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         """Keep what the backward wants to know."""
-        carrier, values, x, labels, _, _, ctx.wanted, ctx.weights, counts, _, _, where, which, _ = inputs
-        _, _, *kept = output
+        carrier, values, x, labels, ctx.wanted, ctx.weights, _, *sites_and_counts, _, _, _, _ = inputs
+        _, _, *made = output
+        if sites_and_counts[0] is None:
+            sites_and_counts = made[KEPT_TENSORS:]
         ctx.values_type = None if values is None else values.dtype
-        ctx.mark_non_differentiable(*kept)
+        ctx.mark_non_differentiable(*made)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(carrier, carrier if x is None else x, labels, counts, where, which, *kept)
+        ctx.save_for_backward(carrier, carrier if x is None else x, labels, *sites_and_counts, *made[:KEPT_TENSORS])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
@@ -198,7 +203,7 @@ class FusedTerms(torch.autograd.Function):
         of_terms, of_total, *_ = grads
         if of_terms is None and (of_total is None or not ctx.weights):
             return (None,) * 14
-        carrier, x, labels, counts, where, which, *kept = ctx.saved_tensors
+        carrier, x, labels, where, which, counts, *kept = ctx.saved_tensors
         wanted: Request = ctx.wanted
         with torch.no_grad():
             grad_x, grad_values = ops.evaluate_backward(

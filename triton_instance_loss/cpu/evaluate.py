@@ -1,4 +1,6 @@
-"""The terms of what was found, and their gradient, on the CPU: `evaluate` and its backward of ops.py."""
+"""The terms of what was found, and their gradient, on the CPU: `evaluate`, `find_and_evaluate` and their backward."""
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -6,6 +8,7 @@ from torch import Tensor
 from .. import ops
 from ..ratios import numbers
 from .centers import center_overlaps
+from .instances import find
 from .proximity import proximity_minima
 from .tables import sum_instances, sum_instances_backward
 from .terms import terms, terms_backward
@@ -20,6 +23,7 @@ def evaluate(
     health: Tensor,
     values: Tensor | None,
     totals: Tensor | None,
+    weights: list[float],
     activation: int,
     quantity: int,
     no_tp: bool,
@@ -29,7 +33,6 @@ def evaluate(
     spacing: list[float],
     proximity: bool,
     criteria: list[float],
-    weights: list[float],
     classes: int,
     reduction: int,
     rates: bool,
@@ -47,6 +50,13 @@ def evaluate(
     all_terms, slopes, of_samples = terms(*results, classes, reduction, rates)
     total = torch.dot(all_terms, all_terms.new_tensor(weights or [0.0] * len(all_terms)))
     return all_terms.to(x.dtype), total.to(x.dtype), [slopes, of_samples, *touching]
+
+
+def find_and_evaluate(
+    x: Tensor, labels: Tensor, ids: Tensor | None, weights: list[float], *options: Any
+) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], Tensor]:
+    """Operator `find_and_evaluate` (ops.py)."""
+    return ops.find_then_evaluate(find, evaluate, x, labels, ids, weights, *options)
 
 
 def evaluate_backward(
