@@ -117,7 +117,6 @@ def _activate_kernel(
     cells_ptr,  # (2 B, N) uint8, or None: the masks are
     parents_ptr,  # (2 B, V) int32, or None
     parts_ptr,  # (B, programs, 4) float64: of the sums, zeros without a fused pixel term; 0 or NaN
-    health_ptr,  # () float64, which becomes 1
     D,
     H,
     W,
@@ -185,40 +184,35 @@ def _activate_kernel(
     tl.store(parts_ptr + 1, _sum_of(of_u))
     tl.store(parts_ptr + 2, true)
     healthy = (not_finite == 0) & are_mask_like(least, most)
-    if (tl.program_id(0) == 0) & (sample == 0):
-        tl.store(health_ptr, 1.0)
     broken = tl.max(tl.max(1 - healthy.to(tl.int32), axis=1), axis=0)
     tl.store(parts_ptr + COLUMNS, tl.where(broken > 0, float("nan"), 0.0))
 
 
-def _activate(
-    x: Tensor, labels: Tensor, masks: Tensor | None, begun: Cells | None, *options: Any
-) -> tuple[Tensor, Tensor]:
-    """Write masks or cells; the parts of the sums of the pixel term and of health, and health, which is still 1."""
+def _activate(x: Tensor, labels: Tensor, masks: Tensor | None, begun: Cells | None, *options: Any) -> Tensor:
+    """Write masks or cells; the parts of the sums of the pixel term and of health."""
     (batch, *shape), (activation, threshold, pixel, quantity) = x.shape, options
     num_cells = number_of_cells(shape)
     block, tiles = block_size(num_cells, threads(1)), 1 if blocks.INTERPRETED else ACTIVATE_TILES
     programs = cut(num_cells, block * tiles)
     parts = torch.empty((batch, programs, ops.SAMPLE_COLUMNS + 1), dtype=torch.float64, device=x.device)
-    health = torch.empty((), dtype=torch.float64, device=x.device)
     # As PyTorch and NumPy compare a number with a tensor: rounded to the dtype of the tensor.
     threshold = float(np.float64(threshold) if x.dtype == torch.float64 else np.float32(threshold))
     if x.numel() > 0:
         launch(_activate_kernel, (programs, batch),
-            x, labels, masks, *(begun or (None, None)), parts, health, *shape, num_cells,
+            x, labels, masks, *(begun or (None, None)), parts, *shape, num_cells,
             activation, threshold, pixel, 0 if pixel == ops.NOT_FUSED else quantity, *rows_of(shape), tiles, block,
             num_warps=1,
         )  # fmt: skip
-    return parts, health if x.numel() > 0 else health.fill_(1)
+    return parts
 
 
-def launch_activate(x: Tensor, labels: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Foreground and y as one mask (2 B, D, H, W), the parts of sums and of health, and health, which is still 1."""
+def launch_activate(x: Tensor, labels: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    """Foreground and y as one mask (2 B, D, H, W), and the parts of sums and of health."""
     masks = torch.empty((2 * len(x), *x.shape[1:]), dtype=torch.bool, device=x.device)
-    return masks, *_activate(x, labels, masks, None, *options)
+    return masks, _activate(x, labels, masks, None, *options)
 
 
-def launch_activate_cells(x: Tensor, labels: Tensor, *options: Any) -> tuple[Cells, Tensor, Tensor]:
+def launch_activate_cells(x: Tensor, labels: Tensor, *options: Any) -> tuple[Cells, Tensor]:
     """The same, but instead of the mask its cells, from which labelling goes on."""
     begun = empty_cells(2 * len(x), x.shape[1:], x.device)
-    return begun, *_activate(x, labels, None, begun, *options)
+    return begun, _activate(x, labels, None, begun, *options)

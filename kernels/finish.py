@@ -1,8 +1,9 @@
 """What `find` ends with: counts of each sample, and what the parts of activation.py add up to.
 
-Kept are the first outputs, none if there are more than so many for each label. Health is 1 until a sample is broken,
-whose parts make it NaN. This is done in the kernel that comes last: that of cells (numbering.py) or, on other ways, one
-of its own (instances.py). Deterministic: parts are added in a fixed order. Bytes a voxel: 1/16 of parts.
+Kept are the first outputs, none if there are more than so many for each label. The health of a sample is 1, or NaN if
+one of its parts is: then it is broken. This is done in the kernel that comes last: that of cells (numbering.py) or, on
+other ways, one of its own (instances.py). Deterministic: parts are added in a fixed order. Bytes a voxel: 1/16 of
+parts.
 """
 
 from typing import NamedTuple
@@ -31,16 +32,17 @@ class Ending(NamedTuple):
     parts: Tensor  # (B, programs, 4) float64: of the sums of the pixel term, and 0 or NaN
     counts: Tensor  # (3, B) int32: outputs, kept outputs, labels
     sums: Tensor  # (B, 3) float64
-    health: Tensor  # () float64: 1
+    health: Tensor  # (B,) float64
     programs: int
     max_kept: int  # 0: all
 
 
-def ending_of(parts: Tensor, health: Tensor, max_kept: int) -> Ending:
+def ending_of(parts: Tensor, max_kept: int) -> Ending:
     """What is still to be written."""
     batch, programs, _ = parts.shape
     counts = torch.empty((ops.COUNTS, batch), dtype=torch.int32, device=parts.device)
     sums = torch.empty((batch, ops.SAMPLE_COLUMNS), dtype=torch.float64, device=parts.device)
+    health = torch.empty(batch, dtype=torch.float64, device=parts.device)
     return Ending(parts, counts, sums, health, programs, max_kept)
 
 
@@ -78,6 +80,4 @@ def finish(
         total += tl.load(part_ptr, mask=(part < programs)[:, None], other=0.0)
     total = tl.sum(total, axis=0)
     tl.store(sums_ptr + sample * SAMPLE_COLUMNS + column, total, mask=column < SAMPLE_COLUMNS)
-    broken = tl.sum(tl.where(column == SAMPLE_COLUMNS, total, 0.0), axis=0)
-    if broken != 0:
-        tl.atomic_add(health_ptr, broken, sem="relaxed")
+    tl.store(health_ptr + sample, 1.0 + tl.sum(tl.where(column == SAMPLE_COLUMNS, total, 0.0), axis=0))

@@ -24,7 +24,7 @@ def _finish_kernel(
     parts_ptr,  # (B, programs, 4) float64
     counts_ptr,  # (3, B) int32
     sums_ptr,  # (B, 3) float64
-    health_ptr,  # () float64
+    health_ptr,  # (B,) float64
     programs,
     max_kept,
     capacity,
@@ -60,12 +60,12 @@ def launch_find(
     by_cells = ids is None and num_iterations == 0 and min_size == 0 and x.numel() > 0
     if by_cells:
         # One labelling for both sides. All foreground is in instances.
-        cells, *summed = launch_activate_cells(x, labels, *options)
-        ending = ending_of(*summed, max_kept)
+        cells, parts = launch_activate_cells(x, labels, *options)
+        ending = ending_of(parts, max_kept)
         sites, found, geometry = instances_of(cells, capacity, rest_sizes, ending, too_many)
     else:
-        masks, *summed = launch_activate(x, labels, *options)
-        ending = ending_of(*summed, max_kept)
+        masks, parts = launch_activate(x, labels, *options)
+        ending = ending_of(parts, max_kept)
         if ids is None:
             rows, found, geometry = find_instances(masks, num_iterations, min_size, capacity, rest_sizes)
         else:

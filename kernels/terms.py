@@ -162,6 +162,16 @@ def _add_rows(
 
 
 @triton.jit
+def _health_of_all(health_ptr, B, BLOCK: tl.constexpr):
+    """1, or NaN if a sample is broken: then all are."""
+    broken = tl.zeros((BLOCK,), tl.float64)
+    for first in range(0, B, BLOCK):
+        sample = first + tl.arange(0, BLOCK)
+        broken += 0.0 * tl.load(health_ptr + sample, mask=sample < B, other=1.0)
+    return 1.0 + tl.sum(broken, axis=0)
+
+
+@triton.jit
 def _weighted(terms, weight, TERM: tl.constexpr):
     """One of eight terms times its weight, 0 in the place of all others."""
     return tl.where(tl.arange(0, 8) == TERM, terms * of_bits(weight), 0.0)
@@ -198,7 +208,7 @@ def _terms_kernel(
     sums_ptr,  # (2 B, capacity, 5) float64
     sample_sums_ptr,  # (B, 3) float64
     pixel_sums_ptr,  # (B, 3) float64
-    health_ptr,  # () float64
+    health_ptr,  # (B,) float64
     counts_ptr,  # (3, B) int32
     geometry_ptr,  # (2 B, capacity, 10) int64
     owned_ptr,  # (2 B, capacity, 2) int64, or None: no center
@@ -224,7 +234,7 @@ def _terms_kernel(
     num_outputs = tl.load(counts_ptr + OUTPUTS * B + sample)
     kept = tl.load(counts_ptr + KEPT * B + sample)
     num_labels = tl.load(counts_ptr + LABELS * B + sample)
-    health = tl.load(health_ptr)
+    health = _health_of_all(health_ptr, B, SAMPLES)
     out, lab = sample * capacity, (B + sample) * capacity  # first rows
     part_ptr = parts_ptr + sample * TERMS
     sample_slopes_ptr += sample * SAMPLE_SLOPES_COLUMNS

@@ -147,7 +147,7 @@ def call_launchers(sides, capacity, rest):
         case = (x, sites, counts, geometry, activation, quantity, no_tp, 64)
         *sums, pairs, touched = room["tables"].launch_sum_instances(*case)
     room["claims"].launch_unclaimed(x, sites, counts, geometry, 64)
-    per_row, health = torch.zeros((4, capacity), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    per_row, health = torch.zeros((4, capacity), dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
     owned, numbers = torch.zeros((4, capacity, 2), dtype=torch.int64), [0.0] * NUMBERS
     for given, *average in (
         ((None, None, None, None), BY_INSTANCE, False),
@@ -160,7 +160,7 @@ def call_launchers(sides, capacity, rest):
     of_terms = per_row[0, :7]
     for *given, masses, values in (
         (of_terms, None, (), True, True),
-        (None, health, (1.0,) * 7, True, True),
+        (None, health[0], (1.0,) * 7, True, True),
         (of_terms, None, (), False, False),
     ):
         _, *grads = room["terms"].launch_terms_backward(*given, *slopes, pairs, counts, masses, values)

@@ -98,7 +98,7 @@ def plain_terms(
             results[term] = sum(of.sum() / n for of, n in zip(of_classes, rows, strict=True)) / classes
         else:
             results[term] = sum(s.mean() if reduction == ops.BY_MEAN else s.sum() for s in of_samples) / batch
-    return health * torch.stack(results)
+    return health.prod() * torch.stack(results)
 
 
 def random_case(seed=0):
@@ -161,7 +161,7 @@ def with_mistakes(grad, slopes, grads):
 def assert_terms(case, reduction, rates, classes=1, totals=None):
     """Terms and gradients against the plain statement."""
     sums, counts, geometry, owned, distances, values, numbers = case
-    health = torch.ones((), dtype=torch.float64, device=DEVICE)
+    health = torch.ones(counts.shape[1], dtype=torch.float64, device=DEVICE)
     rest = owned, distances, values, totals, numbers, classes, reduction, rates
     ours, *slopes = launch_terms(*sums, health, counts, geometry, *rest)
     *leaves, beyond = [table.clone().requires_grad_() for table in (*sums, torch.zeros_like(sums[1][:, 0]))]
@@ -224,8 +224,8 @@ def test_terms_at_gpu_block_sizes(monkeypatch):
 
 def test_broken_outputs_break_all_terms():
     sums, counts, geometry, owned, distances, _, numbers = random_case(3)
-    nan = torch.tensor(torch.nan, dtype=torch.float64, device=DEVICE)
-    ours, *slopes = launch_terms(*sums, nan, counts, geometry, owned, distances, None, None, numbers, 1, 0, False)
+    broken = torch.tensor([1, torch.nan, 1, 1], dtype=torch.float64, device=DEVICE)
+    ours, *slopes = launch_terms(*sums, broken, counts, geometry, owned, distances, None, None, numbers, 1, 0, False)
     assert ours.isnan().all()
     grads = launch_terms_backward(torch.ones(7, dtype=torch.float64, device=DEVICE), *slopes, counts, True, True)
     assert grads[2].isnan().all()
@@ -240,7 +240,7 @@ def test_terms_drawn():
     sizes = torch.tensor([[4, 3], [2, 5]], device=DEVICE)
     geometry = sizes[..., None].repeat(1, 1, ops.GEOMETRY_COLUMNS)
     counts = torch.full((3, 1), 2, dtype=torch.int32, device=DEVICE)
-    health = torch.ones((), dtype=torch.float64, device=DEVICE)
+    health = torch.ones(counts.shape[1], dtype=torch.float64, device=DEVICE)
     distances = torch.tensor([[1, 3], [1, 4]], dtype=torch.float64, device=DEVICE)
     numbers = [*DICE, *DICE, 0.0, *DICE, 0.0, 0.0, 0.0, 0.0, 0.0]
     case = (sums, sample_sums, pixel_sums, health, counts, geometry, None, distances, None, None)
@@ -263,7 +263,7 @@ def test_terms_drawn():
 @pytest.mark.parametrize("values", [True, False])
 def test_gradients_that_do_not_flow(values):
     sums, counts, geometry, owned, distances, _, numbers = random_case(4)
-    health = torch.ones((), dtype=torch.float64, device=DEVICE)
+    health = torch.ones(counts.shape[1], dtype=torch.float64, device=DEVICE)
     _, *slopes = launch_terms(*sums, health, counts, geometry, owned, distances, None, None, numbers, 1, 0, False)
     grad = torch.ones(7, dtype=torch.float64, device=DEVICE)
     whole = launch_terms_backward(grad, *slopes, counts, True, True)

@@ -25,7 +25,7 @@ class Found(NamedTuple):
     counts: Tensor  # (3, B) int32: outputs, kept outputs, labels; outputs 1..kept are used individually
     geometry: Tensor  # (2 B, rows, 10) int64, outputs before labels, columns as ops.py names them
     pixel_sums: Tensor  # (B, 3) float64: sums of the pixel term
-    health: Tensor  # 0-d float64: 1, or NaN if x or the labels are broken
+    health: Tensor  # (B,) float64: 1, or NaN if x or the labels are broken
     pairs: int  # how many slots the pairs (kept output, label) that touch need
 
 

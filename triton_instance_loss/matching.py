@@ -142,7 +142,7 @@ def find_sides(
         merged = _merged(truth, rules) if rules.dilated else None
         labels = truth if merged is None else merged > 0
         found = find(x, labels, search(x, labels, given.ids, _PIXEL, options))
-        health = _health(given, x, truth, found, options)
+        health = _health(given, truth, found, rules)
         if cc_output_batch is not None:
             ids = whole("cc_output_batch", unwrap(cc_output_batch))
             found = _with_output_ids(x, found, ids, options)
@@ -166,14 +166,15 @@ def _to_activate(given: Given, options: Options) -> Tensor:
     return to_volume(chosen.to(given.outputs.dtype))
 
 
-def _health(given: Given, x: Tensor, truth: Tensor, found: Found, options: Options) -> Tensor:
+def _health(given: Given, truth: Tensor, found: Found, rules: Rules) -> Tensor:
     """1 or NaN for each class of each sample, (B, classes)."""
-    shape = (len(given.outputs), len(options.classes))
-    softmax = options.activation == "softmax"
-    if not softmax and rows_of_tables(x, 1) == 0 and bool(found.health == 1):
-        return found.health  # where looking is free
-    looked_at = given.outputs.flatten(1)[:, None] if softmax else x.view(*shape, -1)
-    return health_of(looked_at, truth.view(*shape, -1), dim=2)
+    shape = (len(given.outputs), len(rules.options.classes))
+    health = found.health.view(shape)
+    if rules.options.activation == "softmax":  # after which infinity does not show everywhere
+        health = health * health_of(given.outputs.flatten(1)[:, None], truth.view(*shape, -1), dim=2)
+    elif rules.dilated:  # what was looked at are other labels
+        health = health * health_of(truth.new_zeros((*shape, 1)), truth.view(*shape, -1), dim=2)
+    return health
 
 
 def _merged(truth: Tensor, rules: Rules) -> Tensor:
@@ -267,10 +268,10 @@ def _match_by_overlap(sides: Sides) -> Matches:
     if sides.reached is not None:
         out, reached = _sums(sides.x, sides.reached)
     output_sizes, label_sizes = sides.found.geometry[:, :, ops.SIZE].chunk(2)
-    used = [ops.first_rows(sides.found.counts[side], output_sizes.shape[1]) for side in (ops.OUTPUTS, ops.LABELS)]
-    detected = used[1] & (reached[..., ops.TOUCHED] > 0)
-    correct = used[0] & (out[..., ops.OVERLAP] > 0)
-    shared = lab[..., ops.TOUCHED]
+    # (every output is kept)
+    used = ops.first_rows(sides.found.counts[ops.KEPT :].flatten(), output_sizes.shape[1]).chunk(2)
+    shared, reached_by = lab[..., ops.TOUCHED], reached[..., ops.TOUCHED]
+    correct, detected = used[0] & (out[..., ops.OVERLAP] > 0), used[1] & (reached_by > 0)
     return Matches(detected, label_sizes, shared, label_sizes + reached[..., ops.COST], correct, output_sizes)
 
 

@@ -183,15 +183,15 @@ def instance_metrics(
     with torch.no_grad(), without_autocast(sides.x.device.type):
         found = metrics_of_totals(*_totals(sides, match(sides, asked), limits))
         strata = (len(limits) + 1,) if limits else ()
-        return InstanceMetrics(*(_of_classes(value, sides, asked, strata) for value in found))
+        return InstanceMetrics(*_of_classes(torch.stack(found), sides, asked, strata).unbind())
 
 
-def _of_classes(value: Tensor, sides: Sides, asked: Rules, last: tuple[int, ...] = ()) -> Tensor:
-    """(n, ...) -> (B, *last), or (B, classes, *last) of several classes; NaN where something is broken."""
-    shape = -1, len(asked.options.classes)
-    health = sides.health if sides.health.ndim == 0 else sides.health.view(*shape, *[1 for _ in last])
-    value = value.view(*shape, *last).to(sides.x.dtype) * health
-    return value[:, 0] if isinstance(asked.options.object_chn, int) else value
+def _of_classes(values: Tensor, sides: Sides, asked: Rules, last: tuple[int, ...] = ()) -> Tensor:
+    """(..., n, *last) -> (..., B, *last), or (..., B, classes, *last) of several classes; NaN of what is broken."""
+    first = values.shape[: values.ndim - 1 - len(last)]
+    health = sides.health.view(*sides.health.shape, *[1 for _ in last])
+    values = (values.view(*first, *sides.health.shape, *last) * health).to(sides.x.dtype)
+    return values.select(len(first) + 1, 0) if isinstance(asked.options.object_chn, int) else values
 
 
 class Totals(NamedTuple):
@@ -207,25 +207,24 @@ class Totals(NamedTuple):
 
 def _totals(sides: Sides, matches: Matches, limits: tuple[int, ...]) -> Totals:
     """Of each sample (n,), or of each of its strata (n, strata)."""
-    counts, rows = sides.found.counts, matches.detected.shape[1]
-    num_outputs, num_labels = counts[ops.OUTPUTS].double(), counts[ops.LABELS].double()
+    rows = matches.detected.shape[1]
+    counts = sides.found.counts.double()
+    num_outputs, num_labels = counts[ops.OUTPUTS], counts[ops.LABELS]
     detected, correct = matches.detected, matches.correct
+    shared, both = matches.shared.double(), matches.sizes.double()
     if limits:
         sizes = sides.found.geometry[:, :, ops.SIZE].chunk(2)
-        used = (ops.first_rows(counts[side], rows) for side in (ops.OUTPUTS, ops.LABELS))
+        used = (ops.first_rows(sides.found.counts[side], rows) for side in (ops.OUTPUTS, ops.LABELS))
         num_outputs, num_labels = (
             _in_strata(*pair, limits).sum(dim=1).double() for pair in zip(used, sizes, strict=True)
         )
         detected = _in_strata(detected, matches.label_sizes, limits)
         correct = _in_strata(correct, matches.output_sizes, limits)
-    shared, both = matches.shared.double(), matches.sizes.double()
-    if limits:
         shared, both = shared[..., None], both[..., None]
-    iou, dice = (
-        torch.where(detected, part / whole, 0.0).sum(dim=1)
-        for part, whole in ((shared, both - shared), (2.0 * shared, both))
-    )
-    return Totals(num_outputs, num_labels, detected.sum(dim=1).double(), correct.sum(dim=1).double(), iou, dice)
+    overlaps = torch.stack((shared / (both - shared), 2.0 * shared / both))
+    iou, dice = torch.where(detected, overlaps, 0.0).sum(dim=2).unbind()
+    matched, of_outputs = (mask.sum(dim=1, dtype=torch.float64) for mask in (detected, correct))
+    return Totals(num_outputs, num_labels, matched, of_outputs, iou, dice)
 
 
 def _in_strata(mask: Tensor, sizes: Tensor, limits: tuple[int, ...]) -> Tensor:
@@ -240,18 +239,21 @@ def metrics_of_totals(
 ) -> InstanceMetrics:
     """The metrics that follow from totals."""
     missed, false = num_labels - matched, num_outputs - correct
-    sensitivity, precision = _ratio(matched, num_labels, 1.0), _ratio(correct, num_outputs, 1.0)
-    f1 = _ratio(2.0 * sensitivity * precision, sensitivity + precision, 0.0)
-    recognition = _ratio(matched, matched + (false + missed) / 2.0, 1.0)
     without_match = (num_outputs + num_labels == 0).double()
-    segmentation, overlap = (_ratio(total, matched, without_match) for total in (iou, dice))
+    always = torch.ones_like(matched)
+    # (one ratio of all, which costs what one of them would)
+    parts = torch.stack((matched, correct, matched, iou, dice))
+    wholes = torch.stack((num_labels, num_outputs, matched + (false + missed) / 2.0, matched, matched))
+    otherwise = torch.stack((always, always, always, without_match, without_match))
+    sensitivity, precision, recognition, segmentation, overlap = _ratio(parts, wholes, otherwise).unbind()
+    f1 = _ratio(2.0 * sensitivity * precision, sensitivity + precision, 0.0)
     quality = (recognition, segmentation, recognition * segmentation, overlap)
     return InstanceMetrics(num_outputs, num_labels, matched, missed, false, sensitivity, precision, f1, *quality)
 
 
 def _ratio(part: Tensor, whole: Tensor, otherwise: Tensor | float) -> Tensor:
     """Elementwise part / whole, or `otherwise` where whole is 0."""
-    return torch.where(whole > 0, part / torch.where(whole > 0, whole, 1.0), otherwise)
+    return torch.where(whole > 0, part / whole, otherwise)
 
 
 @checks.not_scriptable

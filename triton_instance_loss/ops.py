@@ -92,8 +92,8 @@ _SCHEMAS = {
     # x float32 or float64, labels of any real dtype but half (y where above 0.5), precomputed ids (int32 or int64; on
     # CUDA 0 outside y, on the CPU not looked at there) or none
     # -> sites: where the foreground is, and which instances it belongs to, as the same backend's operators below want
-    # it; sums (B, 3) float64 of u * w, phi(u, w) and truth w of the pixel term, zeros with pixel=-1; health,
-    # 0-d float64: 1, or NaN if any x is not finite or any label not in [-0.5, 1.5]; counts (3, B) int32 (outputs, kept
+    # it; sums (B, 3) float64 of u * w, phi(u, w) and truth w of the pixel term, zeros with pixel=-1; health (B,)
+    # float64: 1, or NaN if any x is not finite or any label not in [-0.5, 1.5]; counts (3, B) int32 (outputs, kept
     # outputs, labels) and geometry (2 B, capacity, 10) int64; capacity 0: as many rows as the largest count, at least 1
     # (the CPU backend alone, where counting costs nothing; it has no rest)
     "find": "(Tensor x, Tensor labels, Tensor? ids, int activation, float threshold, int pixel, int pixel_quantity,"
@@ -185,7 +185,7 @@ def _fake_find(
     return (
         sites,
         x.new_empty((batch, SAMPLE_COLUMNS), dtype=torch.float64),
-        x.new_empty((), dtype=torch.float64),
+        x.new_empty((batch,), dtype=torch.float64),
         x.new_empty((COUNTS, batch), dtype=torch.int32),
         x.new_empty((2 * batch, capacity, GEOMETRY_COLUMNS), dtype=torch.int64),
     )

@@ -96,8 +96,10 @@ def tabulate(sides: Sides, asked: Rules) -> dict[str, Tensor]:
     """The table of what was found."""
     broken = sides.health.isnan().cpu()
     if bool(broken.any()):
-        where = "" if broken.ndim == 0 else f" in sample {int(broken.nonzero()[0, 0])}"
-        raise ValueError(f"outputs must be finite, and labels 0 or 1, got NaN, infinity or another label{where}.")
+        sample = int(broken.nonzero()[0, 0])
+        raise ValueError(
+            f"outputs must be finite, and labels 0 or 1, got NaN, infinity or another label in sample {sample}."
+        )
     both = [_rows(sides, side) for side in (LABEL, OUTPUT)]
     sizes = [side.geometry[:, ops.SIZE] for side in both]
     pairs = touching_pairs(sides)

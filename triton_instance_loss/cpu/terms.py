@@ -157,7 +157,7 @@ def terms(
     slopes = np.zeros((2, batch, rows, ops.SLOPES_COLUMNS))
     sample_slopes, results = np.zeros((batch, ops.SAMPLE_SLOPES_COLUMNS)), np.zeros(ops.PROXIMITY + 1)
     _terms(
-        sums.numpy().reshape(2, batch, rows, -1), sample_sums.numpy(), pixel_sums.numpy(), float(health),
+        sums.numpy().reshape(2, batch, rows, -1), sample_sums.numpy(), pixel_sums.numpy(), float(health.min()),
         counts.numpy(), geometry.numpy(), of_boxes, near, given, of_all, np.array(numbers), owned is not None,
         distances is not None, values is not None, classes, reduction, rates, slopes, sample_slopes, results,
     )  # fmt: skip
