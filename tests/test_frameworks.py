@@ -162,23 +162,23 @@ def operator_arguments(device, backend):
     of_terms = 0, True, 128, False, 3.0, [1.0, 2.0, 0.7], True, criteria, 1, ops.BY_MEAN, True
     evaluate = (x, sites, counts, geometry, pixel_sums, health, None, None, weights, ops.SIGMOID, *of_terms)
     terms, total, kept = ops.evaluate(*evaluate)
-    regions = (x, labels, maps[3], counts[ops.LABELS])
+    regions = (x, labels, maps[2:], counts[ops.LABELS])
     region_loss = (*regions, None, ops.SIGMOID, ops.BLOB, [1.0, 1.0, 1e-5, 0.0], 1, rows[0])
     value, *slopes = ops.region_loss(*region_loss)
     backward = (x, labels, sites, counts, kept, terms, total, weights, *how, ops.PROBABILITY, 0, True, True)
     return {
         "find": find,
         "row_maps": (x, sites),
-        "components": (maps[0], 0),
-        "find_instances": (maps[0], 2, 1, 210),
-        "number_instances": (maps[2].long() * 2**40, 0, 36),
+        "components": (maps[:2] > 0, 0),
+        "find_instances": (maps[:2] > 0, 2, 1, 210),
+        "number_instances": (maps[:2].long() * 2**40, 0, 36),
         "sum_instances": sum_instances,
         "evaluate": evaluate,
         "find_and_evaluate": (*find[:3], weights, *find[3:], *of_terms),
         "evaluate_backward": (*backward, ops.OF_LOGARITHM, False),
         "center_volumes": (geometry, counts, [5, 6, 7], [1, 2, 3]),
         "unclaimed": (x, sites, counts, geometry, 128),
-        "cells": (maps[3], [1.0, 1.0, 2.0]),
+        "cells": (maps[2:], [1.0, 1.0, 2.0]),
         "region_loss": region_loss,
         "region_loss_backward": (value, *regions[:3], *slopes, ops.SIGMOID, ops.BLOB),
     }

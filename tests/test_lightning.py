@@ -55,7 +55,7 @@ class Reads(TorchDispatchMode, lightning.Callback):
         return func(*args, **(kwargs or {}))
 
     def on_train_batch_start(self, *_):
-        self.at_start.append((self.counts["_local_scalar_dense"], self.counts["find"]))
+        self.at_start.append((self.counts["_local_scalar_dense"], self.counts["find_and_evaluate"]))
 
     def on_train_end(self, *_):
         self.on_train_batch_start()

@@ -302,10 +302,12 @@ class CCLoss(ComponentLoss):
         """The loss of a scene."""
         self._look_at_cross_entropy(scene)
         numbers = *_parts(self.mode), float(self.smooth)
-        shares = ((ops.LABELS, 1.0 - self.alpha), (ops.OUTPUTS, float(self.alpha)))
-        used = [(share, scene.cells(side, self.spacing)) for side, share in shares if share > 0]
-        values = [share * scene.loss(cells, ops.CELLS, numbers) for share, cells in used]
-        return values[0] if len(values) == 1 else values[0] + values[1]
+        shares = {ops.LABELS: 1.0 - self.alpha, ops.OUTPUTS: float(self.alpha)}
+        used = [side for side, share in shares.items() if share > 0]
+        values = [scene.loss(cells, ops.CELLS, numbers) for cells in scene.cells(used, self.spacing)]
+        if len(used) == 1:
+            return values[0]
+        return shares[ops.LABELS] * values[0] + shares[ops.OUTPUTS] * values[1]
 
 
 class ComponentTverskyLoss(ComponentLoss):

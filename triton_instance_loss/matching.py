@@ -209,8 +209,8 @@ def _spread(mask: Tensor, axis: int) -> Tensor:
 
 def _with_output_ids(x: Tensor, found: Found, ids: Tensor, options: Options) -> Found:
     """`found` with the sets of equal ids as outputs, inside the foreground."""
-    foreground, *_ = ops.row_maps(x, list(found.sites))
-    return _with_rows(x, found, ops.OUTPUTS, torch.where(foreground, for_each_class(ids, options), 0), options)
+    foreground, _ = ops.row_maps(x, list(found.sites)).chunk(2)
+    return _with_rows(x, found, ops.OUTPUTS, torch.where(foreground != 0, for_each_class(ids, options), 0), options)
 
 
 def _with_rows(x: Tensor, found: Found, side: int, ids: Tensor, options: Options) -> Found:
@@ -313,7 +313,7 @@ def majorities(sides: Sides) -> Majorities:
         keys = torch.where(sample == torch.arange(batch)[:, None], out_rows * base + lab_rows, 0)
         keys = torch.nn.functional.pad(keys, (1, 0))
     else:
-        _, _, out_rows, lab_rows = (volume.flatten(1) for volume in ops.row_maps(x, list(found.sites)))
+        out_rows, lab_rows = ops.row_maps(x, list(found.sites)).flatten(1).chunk(2)
         keys = torch.where((out_rows > 0) & (lab_rows > 0), out_rows.long() * base + lab_rows, 0)
     keys = keys.sort(dim=1).values
     # Where the keys of each output begin, and those of the next one.
@@ -339,11 +339,11 @@ class Pairs(NamedTuple):
 
 def touching_pairs(sides: Sides) -> Pairs:
     """All pairs that touch; how many there are is read, so on CUDA this waits."""
-    *_, out, lab = ops.row_maps(sides.x, list((sides.reached or sides.found).sites))
+    out, lab = ops.row_maps(sides.x, list((sides.reached or sides.found).sites)).chunk(2)
     at = ((out > 0) & (lab > 0)).flatten().nonzero()[:, 0]
     inside = torch.ones_like(at, dtype=torch.bool)
     if sides.reached is not None:
-        inside = ops.row_maps(sides.x, list(sides.found.sites))[3].flatten()[at] > 0
+        inside = ops.row_maps(sides.x, list(sides.found.sites)).chunk(2)[1].flatten()[at] > 0
     rows, inside = torch.stack((at // out[0].numel(), out.flatten()[at] - 1, lab.flatten()[at] - 1)).cpu(), inside.cpu()
     most = rows.amax(dim=1) + 1 if rows.shape[1] else torch.ones(3, dtype=torch.int64)
     keys, which = torch.unique((rows[0] * most[1] + rows[1]) * most[2] + rows[2], return_inverse=True)

@@ -99,8 +99,8 @@ _SCHEMAS = {
     "find": "(Tensor x, Tensor labels, Tensor? ids, int activation, float threshold, int pixel, int pixel_quantity,"
     " int num_iterations, int min_size, int max_kept, float too_many, int capacity, int rest)"
     " -> (Tensor[], Tensor, Tensor, Tensor, Tensor)",
-    # sites -> foreground of the outputs and y, bool, and the two row maps, int32, as volumes
-    "row_maps": "(Tensor x, Tensor[] sites) -> (Tensor, Tensor, Tensor, Tensor)",
+    # sites -> the row maps of both sides, (2 B, D, H, W) int32, -1 where the foreground is in no instance
+    "row_maps": "(Tensor x, Tensor[] sites) -> Tensor",
     # mask bool -> ids int32: largest linear index + 1 of the component (0 rounds: whole components), 0 = background
     "components": "(Tensor mask, int num_iterations) -> Tensor",
     # mask bool -> row map int32, counts (B,) int32, geometry (B, capacity, 10) int64; capacity as above
@@ -191,10 +191,8 @@ def _fake_find(
     )
 
 
-def _fake_row_maps(x: Tensor, sites: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    foreground, y = (x.new_empty(x.shape, dtype=torch.bool) for _ in range(2))
-    out_rows, lab_rows = (x.new_empty(x.shape, dtype=torch.int32) for _ in range(2))
-    return foreground, y, out_rows, lab_rows
+def _fake_row_maps(x: Tensor, sites: list[Tensor]) -> Tensor:
+    return x.new_empty((2 * x.shape[0], *x.shape[1:]), dtype=torch.int32)
 
 
 def _fake_components(mask: Tensor, num_iterations: int) -> Tensor:

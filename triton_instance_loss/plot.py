@@ -125,7 +125,7 @@ def draw_instances(
     shown = one.pop("image")
     sides = find_sides(**one, rules=asked)  # type: ignore[arg-type]
     table = tabulate(sides, asked)
-    _, _, *maps = ops.row_maps(sides.x, list(sides.found.sites))
+    maps = ops.row_maps(sides.x, list(sides.found.sites)).clamp(min=0).chunk(2)
     spatial = outputs.shape[2:]
     statuses = [table["status"][table["side"] == side].numpy() for side in (LABEL, OUTPUT)]
     return draw_maps(

@@ -5,6 +5,7 @@ first asks for them, so that several losses share all of it. A region loss is on
 regions, and what is made of them.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -78,7 +79,7 @@ class Scene:
                 sides = {side: (rows, counts)}
             else:
                 found = self.found()
-                _, _, out_rows, lab_rows = ops.row_maps(self.x.detach(), list(found.sites))
+                out_rows, lab_rows = ops.row_maps(self.x.detach(), list(found.sites)).clamp_(min=0).chunk(2)
                 counts, geometry = found.counts, found.geometry
                 sides = {ops.OUTPUTS: (out_rows, counts[ops.OUTPUTS]), ops.LABELS: (lab_rows, counts[ops.LABELS])}
             capacity = rows_of_tables(self.truth, geometry.shape[1])
@@ -86,14 +87,18 @@ class Scene:
                 self._sides[key] = Regions(self._but_ignored(rows), counts, capacity)
         return self._sides[side]
 
-    def cells(self, side: int, spacing: tuple[float, ...] | None) -> Regions:
-        """The cells of the instances of a side."""
-        key = side, spacing
-        if key not in self._cells:
-            instances = self.instances(side)
-            rows = ops.cells(instances.rows, list(of_volume(spacing, self.options.spatial_dims)))
-            self._cells[key] = Regions(self._but_ignored(rows), instances.counts, instances.capacity)
-        return self._cells[key]
+    def cells(self, sides: Sequence[int], spacing: tuple[float, ...] | None) -> list[Regions]:
+        """The cells of the instances of each side."""
+        missing = [self.instances(side) for side in sides if (side, spacing) not in self._cells]
+        if missing:
+            rows = missing[0].rows if len(missing) == 1 else torch.cat([each.rows for each in missing])
+            cells = ops.cells(rows, list(of_volume(spacing, self.options.spatial_dims))).chunk(len(missing))
+            for side in sides:
+                if (side, spacing) not in self._cells:
+                    _, counts, capacity = self.instances(side)
+                    of_side, *cells = cells
+                    self._cells[side, spacing] = Regions(self._but_ignored(of_side), counts, capacity)
+        return [self._cells[side, spacing] for side in sides]
 
     def unclaimed(self) -> Tensor:
         """(B, rows) bool: outputs that no label claims."""

@@ -25,7 +25,8 @@ class Volumes(NamedTuple):
 
 def volumes(x: Tensor, carrier: Tensor, found: Found, options: Options) -> Volumes:
     """The volumes of a call."""
-    foreground, y, out_rows, lab_rows = ops.row_maps(x.detach(), found.sites)
+    maps = ops.row_maps(x.detach(), list(found.sites))
+    (foreground, y), (out_rows, lab_rows) = (maps != 0).chunk(2), maps.clamp(min=0).chunk(2)
     return Volumes(activated(x, carrier, foreground, y, options), y, out_rows, lab_rows)
 
 

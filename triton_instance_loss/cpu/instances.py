@@ -66,10 +66,9 @@ def _count(outputs: Rows, labels: Rows, max_kept: int, too_many: float) -> Tenso
     return torch.from_numpy(np.stack((outputs, kept, labels)))
 
 
-def row_maps(x: Tensor, sites: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def row_maps(x: Tensor, sites: list[Tensor]) -> Tensor:
     """Operator `row_maps` (ops.py)."""
     voxels, *sides = read_sites(sites)
-    volumes = torch.zeros((2, *x.shape), dtype=torch.int32)
-    volumes.numpy().reshape(2, -1)[:, voxels] = sides
-    out, lab = volumes
-    return out != 0, lab != 0, out.clamp(min=0), lab.clamp(min=0)
+    maps = torch.zeros((2 * len(x), *x.shape[1:]), dtype=torch.int32)
+    maps.numpy().reshape(2, -1)[:, voxels] = sides
+    return maps
