@@ -14,6 +14,14 @@ from typing import Any
 
 from .measure import Row
 
+# What is counted of kernels, besides the longest warp, of which there is no sum.
+COUNTED = ("instructions", "sectors", "atomics")
+# What the estimate assumes of an H100: multiprocessors with four schedulers each, of which each issues an instruction a
+# cycle at best; the bytes a second of its memory at best; the share of both that kernels like these get; the cycles that
+# an instruction of a warp takes where nothing is beside it; and what a launch costs the device.
+MULTIPROCESSORS, SCHEDULERS, CLOCK, BANDWIDTH = 132, 4, 1.7e9, 3.35e12
+SHARE, LATENCY, LAUNCH = 0.3, 12, 2.5e-6
+
 SPEED = ("step", "step_cpu", "scaling", "labelling", "instance_terms", "reference")
 
 
@@ -118,6 +126,42 @@ def table(rows: list[Row], entry: str) -> str:
     return "\n".join(lines)
 
 
+def estimate(rows: Iterable[Row], voxels: int) -> float:
+    """Seconds on an H100 of a step of which kernels were counted, with so many voxels instead: estimated, not measured.
+
+    A launch takes as long as the slowest of its instructions, its bytes and its longest warp. Instructions and bytes
+    grow with the voxels, and the longest warp does not.
+    """
+    seconds = 0.0
+    for row in rows:
+        growth = voxels / row["voxels"]
+        issue = row["instructions"] * growth / (MULTIPROCESSORS * SCHEDULERS * CLOCK * SHARE)
+        move = 32 * row["sectors"] * growth / (BANDWIDTH * SHARE)
+        seconds += row["launches"] * LAUNCH + max(issue, move, row["longest_warp"] * LATENCY / CLOCK)
+    return seconds
+
+
+def counters(rows: list[Row]) -> str:
+    """The counted kernels of each case as Markdown tables, with the estimates."""
+    rows, lines = [row for row in rows if row["entry"] == "counters"], []
+    for case in dict.fromkeys(row["case"] for row in rows):
+        of_case = [row for row in rows if row["case"] == case]
+        lines += [
+            f"| {case} | launches | 1000 warp instructions | 1000 sectors | atomics | longest warp |",
+            "|---|---|---|---|---|---|",
+        ]
+        total: Row = {"kernel": "all", "longest_warp": max(row["longest_warp"] for row in of_case)}
+        total |= {name: sum(row[name] for row in of_case) for name in ("launches", *COUNTED)}
+        for row in (*sorted(of_case, key=lambda row: -row["instructions"]), total):
+            lines.append(
+                f"| `{row['kernel']}` | {row['launches']} | {row['instructions'] / 1e3:.0f} | "
+                f"{row['sectors'] / 1e3:.0f} | {row['atomics']} | {row['longest_warp']} |"
+            )
+        times = [1e6 * estimate(of_case, voxels) for voxels in (of_case[0]["voxels"], 2 * 128**3)]
+        lines += ["", "Estimated for an H100: {:.0f} us, and {:.0f} us at 2 x 128^3.".format(*times), ""]
+    return "\n".join(lines)
+
+
 def main(given: list[str] | None = None) -> None:
     """Draw what there are rows for."""
     parser = argparse.ArgumentParser(prog="python -m bench.plot", description=__doc__.split("\n")[0])
@@ -127,7 +171,7 @@ def main(given: list[str] | None = None) -> None:
     options = parser.parse_args(given)
     rows = load(options.files)
     if options.table:
-        print(table(rows, options.table))
+        print(counters(rows) if options.table == "counters" else table(rows, options.table))
         return
     options.out.mkdir(parents=True, exist_ok=True)
     for name, draw in (("speed", speed), ("stages", stages), ("memory", memory)):

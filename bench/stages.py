@@ -35,7 +35,7 @@ if not torch.cuda.is_available():
 from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from triton_instance_loss import InstanceLoss, checks, dispatch, regions
+from triton_instance_loss import InstanceLoss, checks, dispatch
 from triton_instance_loss.cpu import evaluate as cpu_evaluate
 
 from . import measure, run
@@ -77,12 +77,12 @@ def _watched(begin: Begin) -> Iterator[None]:
         return call
 
     with contextlib.ExitStack() as stack:
-        # (sums are a stage inside of the operator that evaluates the terms, in either backend)
-        sums = [(cpu_evaluate, "sum_instances")]
+        # (stages inside of the operator that evaluates the terms, in either backend)
+        inside = [(cpu_evaluate, "find", "find"), (cpu_evaluate, "sum_instances", "sums")]
         if dispatch._TRITON_IS_INSTALLED:
             evaluate = importlib.import_module("triton_instance_loss.kernels.evaluate")
-            sums += [(evaluate, "prepare"), (evaluate, "sum_instances")]
-        for owner, attribute, name in ((regions, "find", "find"), *((*each, "sums") for each in sums)):
+            inside += [(evaluate, "launch_find", "find"), (evaluate, "sum_instances", "sums")]
+        for owner, attribute, name in inside:
             stack.enter_context(mock.patch.object(owner, attribute, announce(name, getattr(owner, attribute))))
         yield
 

@@ -302,6 +302,7 @@ def test_the_pages_quote_the_stored_rows():
     page, readme = (root / "docs/performance.md").read_text(), (root / "README.md").read_text()
     for entry in ("step_cpu", "component_losses", "step_small"):
         assert plot.table(stored, entry) in page, entry
+    assert plot.counters(stored) in page
     ratios = {}
     for row in stored:  # the latest is the last
         if row.get("case") in ("lesions 1 x 128^3", "2 x 8^3") and "ratio" in row:

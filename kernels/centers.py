@@ -111,6 +111,7 @@ def overlap_boxes(
     geometry_ptr,  # (2 B, capacity, 10) int64
     used_ptr,  # (2 B,) int32
     owned_ptr,  # (2 B, capacity, 2) int64
+    program,
     side,
     capacity,
     D,
@@ -122,14 +123,14 @@ def overlap_boxes(
     BLOCK: tl.constexpr,
     OTHERS: tl.constexpr,
 ):
-    """Count what the rows of a side own, in programs that share them."""
+    """Count what the rows of a side own, those that are a program's."""
     sides = tl.num_programs(1)
     other_side = (side + sides // 2) % sides
     rows = tl.minimum(tl.load(used_ptr + side), capacity)
     other_rows = tl.minimum(tl.load(used_ptr + other_side), capacity)
     side_ptr = geometry_ptr + side * capacity * COLUMNS
     other_side_ptr = geometry_ptr + other_side * capacity * COLUMNS
-    for row in range(tl.program_id(0), rows, tl.num_programs(0)):
+    for row in range(program, rows, tl.num_programs(0)):
         row_ptr = geometry_ptr + (side * capacity + row) * COLUMNS
         center_z, low_z, size_z = _box_side(row_ptr, D, offset_z, 0)
         center_y, low_y, size_y = _box_side(row_ptr, H, offset_y, 1)

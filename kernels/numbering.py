@@ -136,8 +136,10 @@ def _rank_kernel(
     ends_ptr += sample * blocks
     names_ptr += sample * V
     first = tl.program_id(0) * RANK_BLOCKS
+    beyond = tl.minimum(first + RANK_BLOCKS, blocks)
     before = tl.load(ends_ptr + first - 1, mask=sample + first > 0, other=0) - earlier
-    for block in range(first, tl.minimum(first + RANK_BLOCKS, blocks)):
+    last = tl.load(ends_ptr + beyond - 1) - earlier
+    for block in range(first, tl.where(last > before, beyond, first)):
         end = tl.load(ends_ptr + block) - earlier
         if end > before:  # most blocks have no name, and so nothing to read
             voxel = block * BLOCK + tl.arange(0, BLOCK)
@@ -152,8 +154,8 @@ def _rank_kernel(
             in_rest = used & (row > capacity) & (row <= _room(sample, capacity, rest_samples, rest))
             tl.store(rest_sizes_ptr + sample * rest + row - capacity - 1, tl.zeros_like(row), mask=in_rest)
         before = end
-    if first + RANK_BLOCKS >= blocks:
-        tl.store(counts_ptr + sample, before)
+    if beyond == blocks:
+        tl.store(counts_ptr + sample, last)
 
 
 @triton.jit

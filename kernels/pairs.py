@@ -112,6 +112,8 @@ def _sum_neighbours_kernel(
     sample = tl.program_id(1).to(tl.int64)
     B = tl.num_programs(1)
     kept, num_labels = tl.load(counts_ptr + KEPT * B + sample), tl.load(counts_ptr + LABELS * B + sample)
+    if tl.program_id(0) >= tl.maximum(tl.maximum(kept, num_labels), 1):  # there is no row for it
+        return
     if tl.program_id(0) == 0:
         read = tl.where((kept == 0) | (num_labels == 0), parts, 0)  # elsewhere nobody asks for them
         for column in tl.static_range(SAMPLE_COLUMNS):

@@ -1,7 +1,8 @@
 """What is done before anything is summed: tables are cleared, and what follows from geometry alone is made.
 
 Centre boxes (centers.py) and distances (proximity.py) hang neither on each other nor on sums. So one launch does all of
-it, each in programs of its own, which run at the same time: a step has two launches fewer.
+it: a step has two launches fewer. Rows are shared out among programs from the first one for boxes and from the last one
+for distances, so that where there are few, they go to different programs, which run at the same time.
 
 Backward: none. Deterministic: zeros, integers and minima. Bytes a voxel: none; 8 a slot of the pairs, 48 for each row
 that is used, and what centers.py and proximity.py say.
@@ -106,23 +107,19 @@ def _prepare_kernel(
     BOX: tl.constexpr,
     OTHERS: tl.constexpr,
 ):
-    side, part = tl.program_id(1).to(tl.int64), tl.program_id(2)
+    side, program = tl.program_id(1).to(tl.int64), tl.program_id(0)
     used_ptr = counts_ptr + KEPT * (tl.num_programs(1) // 2)  # kept outputs, then labels
-    if part == 0:
-        _clear(
-            counts_ptr, sums_ptr, excess_ptr, pairs_ptr, touched_ptr, finished_ptr, side, capacity, slots, rest, CLEAR
-        )
-    # (one in the other: of one condition, the second half would be compiled for None)
-    if owned_ptr is not None:  # noqa: SIM102
-        if part == 1:
-            overlap_boxes(
-                geometry_ptr, used_ptr, owned_ptr, side, capacity, D, H, W, offset_z, offset_y, offset_x, BOX, OTHERS
-            )
-    if distances_ptr is not None:  # noqa: SIM102
-        if part == tl.num_programs(2) - 1:
-            nearest_boxes(
-                geometry_ptr, used_ptr, distances_ptr, side, capacity, D, H, W, step_d, step_h, step_w, PLANAR, OTHERS
-            )
+    _clear(counts_ptr, sums_ptr, excess_ptr, pairs_ptr, touched_ptr, finished_ptr, side, capacity, slots, rest, CLEAR)
+    if owned_ptr is not None:
+        overlap_boxes(
+            geometry_ptr, used_ptr, owned_ptr, program, side, capacity, D, H, W, offset_z, offset_y, offset_x,
+            BOX, OTHERS,
+        )  # fmt: skip
+    if distances_ptr is not None:
+        nearest_boxes(
+            geometry_ptr, used_ptr, distances_ptr, tl.num_programs(0) - 1 - program, side, capacity, D, H, W,
+            step_d, step_h, step_w, PLANAR, OTHERS,
+        )  # fmt: skip
 
 
 def prepare(
@@ -157,8 +154,7 @@ def prepare(
         distances = torch.empty((sides, capacity), dtype=f64, device=device)
     if batch > 0:
         blocks = block_size(pairs, CLEAR_BLOCK), block_size(shape[0] * shape[1] * shape[2], BOX_BLOCK)
-        parts = 1 + (owned is not None) + (distances is not None)
-        launch(_prepare_kernel, (max(table_programs(capacity), 1), sides, parts),
+        launch(_prepare_kernel, (max(table_programs(capacity), 1), sides),
             counts, geometry, *cleared, owned, distances, capacity, pairs, rest, *shape, *(reach or (0, 0, 0)),
             *bits_of(spacing or (1.0, 1.0, 1.0)), int(planar), *blocks, block_size(capacity, OTHERS_BLOCK),
             num_warps=WARPS,

@@ -50,6 +50,7 @@ def nearest_boxes(
     geometry_ptr,  # (2 B, capacity, 10) int64
     used_ptr,  # (2 B,) int32
     minima_ptr,  # (2 B, capacity) float64
+    program,
     side,
     capacity,
     D,
@@ -61,13 +62,13 @@ def nearest_boxes(
     PLANAR: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Write the smallest DIoU of each row of a side, in programs that share them."""
+    """Write the smallest DIoU of each row of a side, of those that are a program's."""
     sides = tl.num_programs(1)
     other_side = (side + sides // 2) % sides
     epsilon = tl.full((BLOCK,), 1e-7, tl.float64)  # a bare 1e-7 would be rounded to float32
     count = tl.minimum(tl.load(used_ptr + side), capacity)
     other_count = tl.minimum(tl.load(used_ptr + other_side), capacity)
-    for row in range(tl.program_id(0), tl.minimum(tl.maximum(count, 1), capacity), tl.num_programs(0)):
+    for row in range(program, tl.minimum(tl.maximum(count, 1), capacity), tl.num_programs(0)):
         row_ptr = geometry_ptr + (side * capacity + row) * COLUMNS
         smallest = tl.full((BLOCK,), float("inf"), tl.float64)
         for first in range(0, tl.maximum(other_count, 1), BLOCK):

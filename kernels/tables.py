@@ -125,14 +125,14 @@ def _sum_instances_kernel(
         if ACTIVATION == NONE:
             a = tl.load(x_ptr + index, mask=in_volume, other=0)
             y = y.to(a.dtype)
-        key = (tl.maximum(out_site, 0).to(tl.int64) << 32) | tl.maximum(lab_site, 0)
 
         if alone:  # elsewhere nobody asks for the sums of the sample
             part_ptr = parts_ptr + (sample * blocks + block) * SAMPLE_COLUMNS
             tl.store(part_ptr, sum_where(a * y, in_volume))
             tl.store(part_ptr + 1, sum_where(phi(a, y, QUANTITY), in_volume))
             tl.store(part_ptr + 2, sum_where(y, in_volume))
-        if tl.max(key, axis=0) > 0:  # most blocks are background
+        if tl.max(tl.maximum(out_site, lab_site), axis=0) > 0:  # most blocks are background
+            key = (tl.maximum(out_site, 0).to(tl.int64) << 32) | tl.maximum(lab_site, 0)
             phi_0 = phi(a, tl.zeros_like(a), QUANTITY)
             phi_1 = phi(a, tl.zeros_like(a) + 1, QUANTITY)
             excess = tl.where(y > 0, 0.0, phi(a * a, tl.zeros_like(a), QUANTITY)) if NO_TP else phi_0

@@ -344,6 +344,10 @@ def _terms_backward_kernel(
 ):
     sample = tl.program_id(1).to(tl.int64)
     B = tl.num_programs(1)
+    outputs, kept = tl.load(counts_ptr + OUTPUTS * B + sample), tl.load(counts_ptr + KEPT * B + sample)
+    labels = tl.load(counts_ptr + LABELS * B + sample)
+    if tl.program_id(0) >= tl.maximum(tl.maximum(outputs, labels), 1):  # there is no row for it
+        return
     sample_slopes_ptr += sample * SAMPLE_SLOPES_COLUMNS
     by_pixel = _gradient_of(grad_terms_ptr, grad_total_ptr, weight_0, PIXEL)
     by_label = _gradient_of(grad_terms_ptr, grad_total_ptr, weight_1, INSTANCE_LABEL)
@@ -372,12 +376,11 @@ def _terms_backward_kernel(
     by_whole = by_distance * 0.0
     for side in tl.static_range(2):
         if side == 0:
-            count, used = tl.load(counts_ptr + OUTPUTS * B + sample), tl.load(counts_ptr + KEPT * B + sample)
+            count, used = outputs, kept
             by_value = by_output * tl.load(sample_slopes_ptr + BY_OUTPUT)
             by_near = -by_distance
         else:
-            count = tl.load(counts_ptr + LABELS * B + sample)
-            used = count
+            count, used = labels, labels
             by_value = by_label * tl.load(sample_slopes_ptr + BY_LABEL)
             by_near = by_distance
         start = (side * B + sample) * capacity
@@ -409,7 +412,6 @@ def _terms_backward_kernel(
         tl.store(row_ptr + 1, by_whole * tl.load(sample_slopes_ptr + WHOLE_BY_PREDICTION))
 
     # (rows, by_value and by_near are now those of labels)
-    outputs, kept = tl.load(counts_ptr + OUTPUTS * B + sample), tl.load(counts_ptr + KEPT * B + sample)
     labels_ptr = slopes_ptr + (B + sample) * capacity * SLOPES_COLUMNS
     for row in range(tl.program_id(0), tl.minimum(outputs, capacity), tl.num_programs(0)):
         brought = tl.zeros((NEIGHBOURS,), tl.float64)

@@ -23,7 +23,8 @@ typedef struct {
     u32 instructions, num_constants, rows, num_allocations, grid[3], warps, shared_bytes;
     u32 stale, late, policy, resident, split, noise, evict;
 } Launch;
-enum { STALE, LATE, SWITCHES }; /* of counts */
+/* Of counts. Instructions are those of warps; sectors, of 32 bytes, what accesses to global memory touch. */
+enum { STALE, LATE, SWITCHES, INSTRUCTIONS, SECTORS_TOUCHED, ATOMICS, LONGEST_WARP };
 enum { BLOCKED = 16, DONE };    /* states of warps, besides the kind of what one did last */
 
 typedef struct Warp Warp;
@@ -271,12 +272,29 @@ static void load_matrices(Warp *w, const Instruction *i, const u64 *a) {
     }
 }
 
+/* Sectors that the lanes q touch. (An access is aligned and of at most 16 bytes, and so in one of them.) */
+static u32 touched(Warp *w, const Instruction *i, u32 q) {
+    u64 seen[32];
+    u32 count = 0;
+    EACH(q) {
+        u64 sector = (w->reg[i->from[0]][l] + (s64)i->offset) >> 5;
+        u32 k = count;
+        while (k && seen[k - 1] != sector) k--;
+        if (!k) seen[count++] = sector;
+    }
+    return count;
+}
+
 /* An access to memory by the lanes q, in any order where blocks do not run one after the other. */
 static void access(Warp *w, const Instruction *i, u32 q) {
     if (i->operation == I_fence) { fence(w); return; }
     int global = i->kind == GLOBAL;
     u32 n = i->size * i->count, turn = L.policy ? draw() & 31 : 0;
-    if (global && q) some_arrive();
+    if (global && q) {
+        some_arrive();
+        L.counts[SECTORS_TOUCHED] += touched(w, i, q);
+        if (i->operation != I_load && i->operation != I_store) L.counts[ATOMICS] += __builtin_popcount(q);
+    }
     for (u32 k = 0; k < 32; k++) {
         u32 l = (k + turn) & 31;
         if (!(q >> l & 1)) continue;
@@ -415,7 +433,7 @@ static int release(Block *b) { /* the threads at a barrier, if all are there */
     if (b->done) { fail(b->warps, 0, 0, "warps wait at a barrier, and others have ended"); return 0; }
     for (u32 k = 0; k < L.warps; k++) {
         Warp *w = b->warps + k;
-        w->state = 0; w->syncs++;
+        w->state = 0; w->syncs++; w->issued++;
         for (u32 l = 0; l < 32; l++) w->pc[l]++;
     }
     b->waiting = 0; b->bars++;
@@ -471,7 +489,12 @@ static void run(void) {
         if (state < BLOCKED) continue;
         Block *b = now->block;
         ready[at] = ready[--runnable];
-        if (state == BLOCKED) b->waiting++; else b->done++;
+        if (state == BLOCKED) b->waiting++;
+        else {
+            b->done++;
+            L.counts[INSTRUCTIONS] += now->issued;
+            if (now->issued > L.counts[LONGEST_WARP]) L.counts[LONGEST_WARP] = now->issued;
+        }
         if (release(b)) for (u32 k = 0; k < L.warps; k++) ready[runnable++] = b->warps + k;
         if (b->done < L.warps) continue;
         ended++;

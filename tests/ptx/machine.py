@@ -41,7 +41,7 @@ BUILD = HERE.parents[1] / "build/ptx"
 COMPILER = shutil.which("gcc")
 FLAGS = ["-O1", "-ffp-contract=off", "-fwrapv", "-march=native", "-w", "-shared", "-fPIC"]
 MODES = {"order": (False, False), "random": (False, False), "weak": (True, True)}  # loads may be stale, stores late
-COUNTS = ("stale", "late", "switches")
+COUNTS = ("stale", "late", "switches", "instructions", "sectors", "atomics", "longest_warp")  # as machine.c has them
 BUDGET = 400_000  # instructions of a warp, after which it is said not to end
 
 
@@ -73,7 +73,7 @@ class Machine:
         # How many blocks are resident; whether an access may fall into parts; how often a line leaves the L1.
         drawn = draw.integers(1, 5), draw.choice([2, 4, 12, 40]), draw.choice([0, 1]), draw.choice([0, 2, 8, 64])
         self.schedule = (0, 1, 0, 0) if mode == "order" else tuple(map(int, drawn))
-        self.counts = dict.fromkeys(COUNTS, 0)
+        self.log = []  # of each launch the kernel, and its counts by name
 
     @functools.cached_property
     def library(self):
@@ -119,8 +119,7 @@ class Machine:
                 )
             )
         )  # fmt: skip
-        for key, value in zip(COUNTS, counts.tolist(), strict=True):
-            self.counts[key] += value
+        self.log.append((name, dict(zip(COUNTS, counts.tolist(), strict=True))))
         if failed:
             line, message = text.value.decode().split("\n", 1)
             raise PtxError(f"{name}, {program.place(int(line))}: {message} (mode {self.mode}, seed {self.seed})")

@@ -66,8 +66,32 @@ def test_loads_are_stale_and_stores_late_in_weak_mode():
         stale = late = 0
         for seed in range(5):
             counted(False, mode, seed)
-            stale, late = stale + MACHINE.counts["stale"], late + MACHINE.counts["late"]
+            ((_, counts),) = MACHINE.log
+            stale, late = stale + counts["stale"], late + counts["late"]
         assert (stale > 0, late > 0) == (expected, expected)
+
+
+@triton.jit
+def _copy_kernel(x_ptr, step, LANES: tl.constexpr):
+    lane = tl.arange(0, LANES)
+    tl.store(x_ptr + lane * step, tl.load(x_ptr + lane * step) + 1)
+
+
+@pytest.mark.parametrize(("step", "sectors"), [(1, 4), (4, 16), (8, 32), (16, 32)])
+def test_what_launches_do_is_counted(step, sectors):
+    """Sectors of 32 bytes that 32 numbers of 4 bytes lie in, read and written."""
+    x = torch.zeros(512, dtype=torch.int32)
+    x = x[-x.data_ptr() % 32 // 4 :]  # from the start of one
+    for programs in (1, 3):
+        MACHINE.use()
+        _copy_kernel[programs,](x, step, 32, num_warps=1)
+        ((name, counts),) = MACHINE.log
+        assert (name, counts["sectors"], counts["atomics"]) == ("_copy_kernel", 2 * programs * sectors, 0)
+        assert counts["instructions"] == programs * counts["longest_warp"] > 0
+    MACHINE.use()
+    _count_kernel[2,](x, True, num_warps=1)
+    ((_, counts),) = MACHINE.log
+    assert (counts["atomics"], counts["sectors"]) == (64, 8)
 
 
 def test_accesses_outside_of_arguments_are_errors():
