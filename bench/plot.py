@@ -17,8 +17,8 @@ from .measure import Row
 # What is counted of kernels, besides the longest warp, of which there is no sum.
 COUNTED = ("instructions", "sectors", "atomics")
 # What the estimate assumes of an H100: multiprocessors with four schedulers each, of which each issues an instruction a
-# cycle at best; the bytes a second of its memory at best; the share of both that kernels like these get; the cycles that
-# an instruction of a warp takes where nothing is beside it; and what a launch costs the device.
+# cycle at best; the bytes a second of its memory at best; the share of both that kernels like these get; the cycles
+# that an instruction of a warp takes where nothing is beside it; and what a launch costs the device.
 MULTIPROCESSORS, SCHEDULERS, CLOCK, BANDWIDTH = 132, 4, 1.7e9, 3.35e12
 SHARE, LATENCY, LAUNCH = 0.3, 12, 2.5e-6
 
