@@ -77,12 +77,6 @@ def is_mask_like(labels):
 
 
 @triton.jit
-def are_mask_like(least, most):
-    """Where all labels between these two are near 0 or 1."""
-    return (least >= -0.5) & (most <= 1.5) if least.dtype.is_floating() else tl.minimum(least, 1 - most) >= 0
-
-
-@triton.jit
 def is_foreground(x, p, ACTIVATION: tl.constexpr, THRESHOLD: tl.constexpr):
     """Where an output is foreground."""
     only_ones: tl.constexpr = (ACTIVATION == NONE) & (THRESHOLD <= 0)
@@ -131,8 +125,10 @@ def _activate_kernel(
     BLOCK: tl.constexpr,
 ):
     label_type: tl.constexpr = labels_ptr.dtype.element_ty
-    # (the least and largest of narrow integers are sought among wider ones)
-    COMPARED: tl.constexpr = tl.int32 if label_type.primitive_bitwidth < 32 else label_type
+    # (narrow integers are compared as wider ones; without a sign, what is below 0 is above 1)
+    WIDE: tl.constexpr = tl.int32 if label_type.primitive_bitwidth < 32 else label_type
+    UNSIGNED: tl.constexpr = tl.uint64 if label_type.primitive_bitwidth == 64 else tl.uint32
+    COMPARED: tl.constexpr = label_type if label_type.is_floating() else UNSIGNED
     sample, B = tl.program_id(1).to(tl.int64), tl.num_programs(1)
     x_ptr += sample * D * H * W
     labels_ptr += sample * D * H * W
@@ -154,8 +150,11 @@ def _activate_kernel(
             p = probability(x, ACTIVATION)
             foreground, y = is_foreground(x, p, ACTIVATION, THRESHOLD), is_label(labels)
             not_finite += 0 * x
-            least = tl.minimum(least, labels.to(COMPARED), propagate_nan=tl.PropagateNan.ALL)
-            most = tl.maximum(most, labels.to(COMPARED), propagate_nan=tl.PropagateNan.ALL)
+            if label_type.is_floating():
+                least = tl.minimum(least, labels, propagate_nan=tl.PropagateNan.ALL)
+                most = tl.maximum(most, labels, propagate_nan=tl.PropagateNan.ALL)
+            else:
+                most = tl.maximum(most, labels.to(WIDE).to(COMPARED, bitcast=True))
             if PIXEL != NOT_FUSED:
                 u, w = seen_by_pixel(x, p, foreground, y, labels, PIXEL)
                 u = tl.where(inside, u, 0.0)  # where both are 0, so is all that is added
@@ -183,7 +182,7 @@ def _activate_kernel(
     tl.store(parts_ptr, both)
     tl.store(parts_ptr + 1, _sum_of(of_u))
     tl.store(parts_ptr + 2, true)
-    healthy = (not_finite == 0) & are_mask_like(least, most)
+    healthy = (not_finite == 0) & is_mask_like(least) & is_mask_like(most)
     broken = tl.max(tl.max(1 - healthy.to(tl.int32), axis=1), axis=0)
     tl.store(parts_ptr + COLUMNS, tl.where(broken > 0, float("nan"), 0.0))
 

@@ -109,17 +109,17 @@ def _prepare_kernel(
 ):
     side, program = tl.program_id(1).to(tl.int64), tl.program_id(0)
     used_ptr = counts_ptr + KEPT * (tl.num_programs(1) // 2)  # kept outputs, then labels
-    _clear(counts_ptr, sums_ptr, excess_ptr, pairs_ptr, touched_ptr, finished_ptr, side, capacity, slots, rest, CLEAR)
-    if owned_ptr is not None:
-        overlap_boxes(
-            geometry_ptr, used_ptr, owned_ptr, program, side, capacity, D, H, W, offset_z, offset_y, offset_x,
-            BOX, OTHERS,
-        )  # fmt: skip
     if distances_ptr is not None:
         nearest_boxes(
             geometry_ptr, used_ptr, distances_ptr, tl.num_programs(0) - 1 - program, side, capacity, D, H, W,
             step_d, step_h, step_w, PLANAR, OTHERS,
         )  # fmt: skip
+    if owned_ptr is not None:
+        overlap_boxes(
+            geometry_ptr, used_ptr, owned_ptr, program, side, capacity, D, H, W, offset_z, offset_y, offset_x,
+            BOX, OTHERS,
+        )  # fmt: skip
+    _clear(counts_ptr, sums_ptr, excess_ptr, pairs_ptr, touched_ptr, finished_ptr, side, capacity, slots, rest, CLEAR)
 
 
 def prepare(

@@ -349,14 +349,13 @@ def _terms_backward_kernel(
     if tl.program_id(0) >= tl.maximum(tl.maximum(outputs, labels), 1):  # there is no row for it
         return
     sample_slopes_ptr += sample * SAMPLE_SLOPES_COLUMNS
-    by_pixel = _gradient_of(grad_terms_ptr, grad_total_ptr, weight_0, PIXEL)
     by_label = _gradient_of(grad_terms_ptr, grad_total_ptr, weight_1, INSTANCE_LABEL)
     by_output = _gradient_of(grad_terms_ptr, grad_total_ptr, weight_2, INSTANCE_OUTPUT)
     by_center = _gradient_of(grad_terms_ptr, grad_total_ptr, weight_3, CENTER)
-    by_false = _gradient_of(grad_terms_ptr, grad_total_ptr, weight_4, FALSE_INSTANCES)
-    by_missed = _gradient_of(grad_terms_ptr, grad_total_ptr, weight_5, MISSED_INSTANCES)
     by_proximity = _gradient_of(grad_terms_ptr, grad_total_ptr, weight_6, PROXIMITY)
     if tl.program_id(0) == 0:
+        by_pixel = _gradient_of(grad_terms_ptr, grad_total_ptr, weight_0, PIXEL)
+        by_false = _gradient_of(grad_terms_ptr, grad_total_ptr, weight_4, FALSE_INSTANCES)
         row_ptr = grad_pixel_sums_ptr + sample * SAMPLE_GRADIENT_COLUMNS
         tl.store(row_ptr, by_pixel * tl.load(sample_slopes_ptr + PIXEL_BY_INTERSECTION))
         tl.store(row_ptr + 1, by_pixel * tl.load(sample_slopes_ptr + PIXEL_BY_PREDICTION))
@@ -365,6 +364,7 @@ def _terms_backward_kernel(
             by_mistake = by_false * tl.load(sample_slopes_ptr + BY_MISTAKE)
         tl.store(grad_sample_sums_ptr + sample * WHOLE_GRADIENT_COLUMNS + BY_REST, by_mistake)
         if sample == 0:
+            by_missed = _gradient_of(grad_terms_ptr, grad_total_ptr, weight_5, MISSED_INSTANCES)
             tl.store(grad_each_ptr + PIXEL, by_pixel)
             tl.store(grad_each_ptr + INSTANCE_LABEL, by_label)
             tl.store(grad_each_ptr + INSTANCE_OUTPUT, by_output)

@@ -239,7 +239,10 @@ def launches(alignment, warp_size=32):
 
 
 def usage(assembly):
-    """Registers a thread, and bytes of its stack and local memory, where spilled registers go."""
+    """Registers a thread, and bytes of its stack and local memory, where spilled registers go.
+
+    A stack that no instruction touches counts as none: LLVM at times leaves a byte behind.
+    """
     if "amdgcn" in assembly:
         text, keys = assembly["amdgcn"], (r"\.vgpr_count", r"\.private_segment_fixed_size", r"\.vgpr_spill_count")
     else:
@@ -247,6 +250,10 @@ def usage(assembly):
             file.write(assembly["cubin"])
             file.flush()
             text = subprocess.check_output([CUOBJDUMP, "--dump-resource-usage", file.name], text=True)
+            if not re.search(r"\bSTACK:0\b", text):
+                code = subprocess.check_output([CUOBJDUMP, "--dump-sass", file.name], text=True)
+                if not re.search(r"\b(STL|LDL)\b", code):
+                    text = re.sub(r"\bSTACK:\d+", "STACK:0", text)
         keys = r"\bREG", r"\bSTACK", r"\bLOCAL"
     numbers = (int(re.search(rf"{key}:\s*(\d+)", text)[1]) for key in keys)
     return dict(zip(("registers", "stack", "local"), numbers, strict=True))

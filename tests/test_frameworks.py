@@ -7,7 +7,16 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from triton_instance_loss import InstanceLoss, WeightedSum, checks, connected_components, dispatch, ops
+from triton_instance_loss import (
+    CCLoss,
+    FalseComponentLoss,
+    InstanceLoss,
+    WeightedSum,
+    checks,
+    connected_components,
+    dispatch,
+    ops,
+)
 from triton_instance_loss.criteria import DICE, fused_form
 from triton_instance_loss.metrics import average_precision, instance_metrics
 from triton_instance_loss.ratios import describe
@@ -242,14 +251,35 @@ def test_compiles_whole_without_a_gradient(backend):
         torch.testing.assert_close(compiled, loss(outputs, labels))
 
 
-@pytest.mark.parametrize("dynamic", [None, True])
-def test_compiles_for_several_shapes(dynamic):
+def test_compiles_for_several_shapes():
     torch.compiler.reset()
     loss = WeightedSum(InstanceLoss(rate_instead_number=True))
-    compiled = torch.compile(loss, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     for shape in ((8, 9, 7), (10, 12, 6), (5, 5, 5)):
         outputs, labels = batch(shape=shape)
         torch.testing.assert_close(compiled(outputs, labels), loss(outputs, labels))
+
+
+@pytest.mark.parametrize("name", ["family", "cells", "false components", "metrics"])
+def test_compiles_once_for_all_shapes(backend, name):
+    """With `dynamic`, forward and backward, whatever the batch and the sides."""
+    call = {
+        "family": WeightedSum(InstanceLoss(rate_instead_number=True)),
+        "cells": CCLoss(),
+        "false components": FalseComponentLoss(),
+        "metrics": lambda outputs, labels: torch.stack(instance_metrics(outputs.detach(), labels))[2:].sum(),
+    }[name]
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(call, fullgraph=True, dynamic=True, backend="aot_eager")
+    for times, shape in ((1, (3, 5, 7)), (2, (6, 4, 8)), (3, (5, 5, 6))):
+        outputs, labels = (torch.cat([each.detach().to(backend)] * times) for each in batch(shape=shape))
+        leaves = [outputs.clone().requires_grad_() for _ in range(2)]
+        values = [function(leaf, labels) for function, leaf in zip((compiled, call), leaves, strict=True)]
+        torch.testing.assert_close(*values)
+        if name != "metrics":
+            torch.testing.assert_close(*[torch.autograd.grad(*pair)[0] for pair in zip(values, leaves, strict=True)])
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 @pytest.mark.parametrize("matching", ["overlap", "iou", "dilated"])

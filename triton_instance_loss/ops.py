@@ -3,8 +3,9 @@
 A volume is (B, D, H, W) and contiguous; an image comes as a volume with D = 1. `V = D * H * W`.
 A *row map* holds at each voxel the number of its instance, 1..n in id order, or 0; row r of a table is instance r + 1.
 Tables have a fixed number of rows, `capacity`, so that no shape depends on data and Python never reads a count; what
-stands in a row beyond the count is undefined. A table of both sides, (2 B, capacity, ...), has those of outputs first.
-There may be more outputs than that, `rest` at most; they are only counted, and false or not (instances.py says why).
+stands in a row beyond the count is undefined. (`SymInt` in a schema: it follows from shapes, and what is compiled for
+one shape may serve others.) A table of both sides, (2 B, capacity, ...), has those of outputs first. There may be more
+outputs than that, `rest` at most; they are only counted, and false or not (instances.py says why).
 """
 
 import functools
@@ -97,21 +98,21 @@ _SCHEMAS = {
     # outputs, labels) and geometry (2 B, capacity, 10) int64; capacity 0: as many rows as the largest count, at least 1
     # (the CPU backend alone, where counting costs nothing; it has no rest)
     "find": "(Tensor x, Tensor labels, Tensor? ids, int activation, float threshold, int pixel, int pixel_quantity,"
-    " int num_iterations, int min_size, int max_kept, float too_many, int capacity, int rest)"
+    " int num_iterations, int min_size, int max_kept, float too_many, SymInt capacity, SymInt rest)"
     " -> (Tensor[], Tensor, Tensor, Tensor, Tensor)",
     # sites -> the row maps of both sides, (2 B, D, H, W) int32, -1 where the foreground is in no instance
     "row_maps": "(Tensor x, Tensor[] sites) -> Tensor",
     # mask bool -> ids int32: largest linear index + 1 of the component (0 rounds: whole components), 0 = background
     "components": "(Tensor mask, int num_iterations) -> Tensor",
     # mask bool -> row map int32, counts (B,) int32, geometry (B, capacity, 10) int64; capacity as above
-    "find_instances": "(Tensor mask, int num_iterations, int min_size, int capacity) -> (Tensor, Tensor, Tensor)",
+    "find_instances": "(Tensor mask, int num_iterations, int min_size, SymInt capacity) -> (Tensor, Tensor, Tensor)",
     # the same from given ids (an integer dtype, any positive number): instances are the sets of equal ids
-    "number_instances": "(Tensor ids, int min_size, int capacity) -> (Tensor, Tensor, Tensor)",
+    "number_instances": "(Tensor ids, int min_size, SymInt capacity) -> (Tensor, Tensor, Tensor)",
     # -> sums (2 B, capacity, 5) and sample sums (B, 3; read only of samples without labels or kept outputs), float64,
     #    and the pairs (kept output, label) that touch, for which there is room for `pairs`, as the same backend's
     #    backward wants them; which of the rest of the outputs touch a label, (B, rest) bool
     "sum_instances": "(Tensor x, Tensor[] sites, Tensor counts, Tensor geometry, int activation, int quantity,"
-    " bool no_tp, int pairs) -> (Tensor, Tensor, Tensor, Tensor)",
+    " bool no_tp, SymInt pairs) -> (Tensor, Tensor, Tensor, Tensor)",
     # the terms of what `find` found. pairs is room for the pairs (kept output, label) that touch; offset that of boxes
     # along the longest axis, or None: no center; spacing is that along D, H, W, of which planar ignores the first, the
     # axis of an image that is none; without values (2 B, capacity)
@@ -121,15 +122,16 @@ _SCHEMAS = {
     #    same backend's backward wants: slopes of instances (2 B, capacity, 5; of a side without any, row 0), those of
     #    samples (B, 8), float64, pairs, and which of the rest of the outputs touch a label
     "evaluate": "(Tensor x, Tensor[] sites, Tensor counts, Tensor geometry, Tensor pixel_sums, Tensor health,"
-    " Tensor? values, Tensor? totals, float[] weights, int activation, int quantity, bool no_tp, int pairs,"
+    " Tensor? values, Tensor? totals, float[] weights, int activation, int quantity, bool no_tp, SymInt pairs,"
     " bool planar, float? offset, float[3] spacing, bool proximity, float[] criteria, int classes, int reduction,"
     " bool rates) -> (Tensor, Tensor, Tensor[])",
     # `find`, and `evaluate` of what it finds, without values or totals: the options of the one, then those of the other
     # but the activation -> what `evaluate` gives, sites, counts
     "find_and_evaluate": "(Tensor x, Tensor labels, Tensor? ids, float[] weights, int activation, float threshold,"
-    " int pixel, int pixel_quantity, int num_iterations, int min_size, int max_kept, float too_many, int capacity,"
-    " int rest, int quantity, bool no_tp, int pairs, bool planar, float? offset, float[3] spacing, bool proximity,"
-    " float[] criteria, int classes, int reduction, bool rates) -> (Tensor, Tensor, Tensor[], Tensor[], Tensor)",
+    " int pixel, int pixel_quantity, int num_iterations, int min_size, int max_kept, float too_many, SymInt capacity,"
+    " SymInt rest, int quantity, bool no_tp, SymInt pairs, bool planar, float? offset, float[3] spacing,"
+    " bool proximity, float[] criteria, int classes, int reduction, bool rates)"
+    " -> (Tensor, Tensor, Tensor[], Tensor[], Tensor)",
     # gradients of the terms (7,), and of their sum, either of which may be missing; with masses the surrogate's, with
     # flows those of sums over instances; what gradient mistakes have; whether values of the criterion were given
     # -> gradient of z, of the shape and dtype of x, and of the values (2 B, capacity), or of nothing. With an
@@ -139,11 +141,11 @@ _SCHEMAS = {
     " int pixel_quantity, bool masses, bool flows, int mistakes, bool values) -> (Tensor, Tensor)",
     # centre boxes of kept outputs and labels -> owner (B, D, H, W) int32 = largest output row whose box covers the
     # voxel, 0 = none; covered (B, D, H, W) bool = inside a label box
-    "center_volumes": "(Tensor geometry, Tensor counts, int[3] shape, int[3] offsets) -> (Tensor, Tensor)",
+    "center_volumes": "(Tensor geometry, Tensor counts, SymInt[3] shape, int[3] offsets) -> (Tensor, Tensor)",
     # of what `find` found, with a row for each output, and room for so many pairs (output, label) that touch
     # -> (B, capacity) bool: outputs that no label claims; False in rows that are not used. A label claims, of the
     #    outputs that touch it, that with the largest Dice 2 |O and L| / (|O| + |L|), of equals the first
-    "unclaimed": "(Tensor x, Tensor[] sites, Tensor counts, Tensor geometry, int pairs) -> Tensor",
+    "unclaimed": "(Tensor x, Tensor[] sites, Tensor counts, Tensor geometry, SymInt pairs) -> Tensor",
     # row map, spacing along D, H, W (of an image the first does not matter) -> the row of the nearest voxel that has
     # one, int32, by exact Euclidean distance, of equally near ones the largest; 0 where a sample has none. Rows below 0
     # count as 0, and are answered like all others
@@ -154,7 +156,7 @@ _SCHEMAS = {
     #    [-0.5, 1.5] where the row is not below 0; slopes (B, capacity + 1, 4) of a sample's own value by sums of its
     #    regions, row 0 for what is in no instance; factors (B,) float64: derivatives of the value by those of samples
     "region_loss": "(Tensor x, Tensor labels, Tensor rows, Tensor counts, Tensor? chosen, int activation, int kind,"
-    " float[] numbers, int classes, int capacity) -> (Tensor, Tensor, Tensor)",
+    " float[] numbers, int classes, SymInt capacity) -> (Tensor, Tensor, Tensor)",
     # gradient of the value, 0-d -> of x; 0 where a voxel is in no region. p' and ce' are derivatives in x, and y that
     # of the label: grad * factors * ((BY_MASS + BY_TRUE_MASS * y + BY_SQUARES * p) p' + BY_CROSS_ENTROPY * ce')
     "region_loss_backward": "(Tensor grad, Tensor x, Tensor labels, Tensor rows, Tensor slopes, Tensor factors,"

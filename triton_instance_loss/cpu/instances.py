@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..activation import health_of
 from .activation import LAB, OUT, Indices, Rows, find_foreground, gather, pixel_sums
 from .components import find_rows, measure, number_rows, spread
 
@@ -51,12 +50,15 @@ def find(
         spread(side.begins, side.firsts, side.lasts, side.rows, of_side)
     places = gather(voxels, rows[0], rows[1], x, labels, activation, pixel)
     sums = pixel_sums(x, places, activation, pixel, pixel_quantity)
-    health = torch.ones(len(x), dtype=torch.float64) if healthy else health_of(x.flatten(1), labels.flatten(1), dim=1)
+    health = torch.ones(len(x), dtype=torch.float64)
+    if not healthy:
+        each = (find_foreground(*pair, activation, threshold)[-1] for pair in zip(x, labels, strict=True))
+        health[~torch.tensor(list(each))] = torch.nan
     sites = [torch.from_numpy(voxels)[None], torch.from_numpy(rows)]
     if capacity:
         sites = [torch.nn.functional.pad(each, (0, x.numel() - len(voxels)), value=-1) for each in sites]
     counts = _count(outputs.counts, truths.counts, max_kept, too_many)
-    return sites, sums, health.double(), counts, measure([outputs, truths], shape, capacity)
+    return sites, sums, health, counts, measure([outputs, truths], shape, capacity)
 
 
 def _count(outputs: Rows, labels: Rows, max_kept: int, too_many: float) -> Tensor:
