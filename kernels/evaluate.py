@@ -12,7 +12,8 @@ from ..ratios import numbers
 from .instances import launch_find
 from .prepare import prepare
 from .tables import launch_sum_instances_backward, sum_instances
-from .terms import launch_terms, launch_terms_backward
+from .terms import launch_terms
+from .terms_backward import launch_terms_backward
 
 
 def launch_evaluate(

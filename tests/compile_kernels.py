@@ -163,7 +163,7 @@ def call_launchers(sides, capacity, rest):
         (None, health[0], (1.0,) * 7, True, True),
         (of_terms, None, (), False, False),
     ):
-        _, *grads = room["terms"].launch_terms_backward(*given, *slopes, pairs, counts, masses, values)
+        _, *grads = room["terms_backward"].launch_terms_backward(*given, *slopes, pairs, counts, masses, values)
     for dtype, label_dtype, activation, threshold, *pixel in ACTIVATIONS:
         volumes = torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=label_dtype)
         room["instances"].launch_find(

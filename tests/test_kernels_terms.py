@@ -6,7 +6,7 @@ from kernel_cases import DEVICE, FAR, assert_same, used
 
 pytest.importorskip("triton")
 
-from triton_instance_loss.kernels import terms
+from triton_instance_loss.kernels import terms, terms_backward
 
 from triton_instance_loss import ops
 
@@ -142,7 +142,7 @@ def launch_terms_backward(grad, slopes, of_samples, counts, *flags):
     outputs = torch.arange(1, slopes.shape[1] + 1, device=DEVICE)
     pairs = ((outputs << 32) | 1).repeat(batch, 1)  # no slot is free, so each is found wherever it is
     tables = slopes, of_samples, pairs, counts
-    each, of_rows, of_excess, *grads = terms.launch_terms_backward(grad, None, (), *tables, *flags)
+    each, of_rows, of_excess, *grads = terms_backward.launch_terms_backward(grad, None, (), *tables, *flags)
     assert torch.equal(each, grad)
     touch = (outputs <= counts[ops.KEPT, :, None]) & (counts[ops.LABELS, :, None] > 0)
     brought = torch.where(touch, of_rows[batch:, :1, ops.COST], 0.0)
@@ -217,7 +217,8 @@ def test_terms_of_given_values():
 
 @pytest.mark.usefixtures("gpu_blocks")
 def test_terms_at_gpu_block_sizes(monkeypatch):
-    monkeypatch.setattr(terms, "ROWS_BLOCK", 2)  # several steps for each side
+    for room in (terms, terms_backward):
+        monkeypatch.setattr(room, "ROWS_BLOCK", 2)  # several steps for each side
     *tables, _, numbers = random_case(2)
     assert_terms((*tables, None, numbers), ops.BY_INSTANCE, True)
 

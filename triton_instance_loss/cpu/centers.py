@@ -4,6 +4,8 @@ The centre of an instance is its mean coordinate, rounded up, in integers. With 
 [centre - o - 1, centre + o), clipped to the volume. A voxel in several boxes of one side belongs to the largest row.
 """
 
+from typing import Any
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -17,7 +19,7 @@ _SUMS = COORDINATE_SUMS.start
 
 
 @compiled
-def _paint(table: Indices, count: int, offsets: Indices, owner: Rows, clear: bool) -> Indices:
+def _paint(table: Indices, count: int, offsets: Indices, owner: NDArray[Any], clear: bool) -> Indices:
     """Write the row (from 1) of each box over the voxels that it covers, so that the last one stays; or zeros.
 
     Returns the boxes: where they begin along each axis, and where they end.
@@ -37,7 +39,7 @@ def _paint(table: Indices, count: int, offsets: Indices, owner: Rows, clear: boo
 
 
 @compiled
-def _overlaps(geometry: Indices, used: Rows, offsets: Indices, owners: NDArray[np.int32], owned: Indices) -> None:
+def _overlaps(geometry: Indices, used: Rows, offsets: Indices, owners: NDArray[Any], owned: Indices) -> None:
     """Paint the boxes of both sides of each sample, and count."""
     batch = used.shape[1]
     for sample in range(batch):
@@ -70,6 +72,7 @@ def center_volumes(geometry: Tensor, counts: Tensor, shape: list[int], offsets: 
 def center_overlaps(geometry: Tensor, counts: Tensor, shape: list[int], offsets: list[int]) -> Tensor:
     """Operator `center_overlaps` (ops.py)."""
     owned = np.zeros((*geometry.shape[:2], 2), dtype=np.int64)
-    owners = np.empty((2, *shape), dtype=np.int32)
+    # (touching new memory is what takes time, so it is as little as rows fit in)
+    owners = np.empty((2, *shape), dtype=np.int16 if len(owned[0]) < 2**15 else np.int32)
     _overlaps(geometry.numpy(), counts[KEPT:].numpy(), np.array(offsets), owners, owned)
     return torch.from_numpy(owned)

@@ -164,26 +164,48 @@ def terms(
     return torch.from_numpy(results), torch.from_numpy(slopes).flatten(0, 1), torch.from_numpy(sample_slopes)
 
 
+@compiled
+def _terms_backward(
+    grads: Numbers, of_samples: Numbers, of_rows: Numbers, counts: Rows, masses: bool, values: bool, table: Numbers,
+    of_whole: Numbers, pixel: Numbers,
+) -> None:  # fmt: skip
+    """Write the gradients of the sums of instances, of samples and of the pixel term's."""
+    batch = len(of_samples)
+    for sample in range(batch):
+        slopes, whole = of_samples[sample], of_whole[sample]
+        pixel[sample, 0] = grads[ops.PIXEL] * slopes[ops.PIXEL_BY_INTERSECTION]
+        pixel[sample, 1] = grads[ops.PIXEL] * slopes[ops.PIXEL_BY_PREDICTION]
+        if masses:
+            whole[ops.BY_REST] = grads[ops.FALSE_INSTANCES] * slopes[ops.BY_MISTAKE]
+        by_distance, by_criterion = grads[ops.PROXIMITY] * slopes[ops.BY_DISTANCE], 0.0
+        for side in range(2):
+            by_value = grads[ops.INSTANCE_OUTPUT] * slopes[ops.BY_OUTPUT]
+            by_near = -by_distance
+            if side == 1:
+                by_value, by_near = grads[ops.INSTANCE_LABEL] * slopes[ops.BY_LABEL], by_distance
+            lines, into = of_rows[side * batch + sample], table[side * batch + sample]
+            if counts[ops.KEPT + side, sample] == 0:  # row 0 is the whole sample
+                by_criterion += by_value + by_near * lines[0, ops.DISTANCE]
+            for row in range(len(lines)):
+                if masses:
+                    into[row, ops.MASS] = grads[ops.CENTER] * lines[row, ops.BY_CENTER]
+                if values:
+                    by_row = by_value + by_near * lines[row, ops.DISTANCE]
+                    into[row, ops.INTERSECTION] = by_row * lines[row, ops.BY_INTERSECTION]
+                    into[row, ops.COST] = by_row * lines[row, ops.BY_PREDICTION]
+        if values:
+            whole[0] = by_criterion * slopes[ops.WHOLE_BY_INTERSECTION]
+            whole[1] = by_criterion * slopes[ops.WHOLE_BY_PREDICTION]
+
+
 def terms_backward(
     grad_terms: Tensor, slopes: Tensor, sample_slopes: Tensor, counts: Tensor, masses: bool, values: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Operator `terms_backward` (ops.py)."""
-    grads, of_samples, of_rows = grad_terms.numpy(), sample_slopes.numpy(), slopes.numpy()
-    batch = len(of_samples)
+    batch = len(sample_slopes)
     table = np.zeros((*slopes.shape[:2], ops.GRADIENT_COLUMNS))
-    of_sample = np.zeros((batch, ops.WHOLE_GRADIENT_COLUMNS))
-    if masses:
-        of_sample[:, ops.BY_REST] = grads[ops.FALSE_INSTANCES] * of_samples[:, ops.BY_MISTAKE]
-        table[..., ops.MASS] = grads[ops.CENTER] * of_rows[..., ops.BY_CENTER]
-    if values:
-        by_distance = grads[ops.PROXIMITY] * of_samples[:, ops.BY_DISTANCE]
-        by_output = grads[ops.INSTANCE_OUTPUT] * of_samples[:, ops.BY_OUTPUT]
-        by_label = grads[ops.INSTANCE_LABEL] * of_samples[:, ops.BY_LABEL]
-        by_value = np.concatenate((-by_distance, by_distance))[:, None] * of_rows[..., ops.DISTANCE]
-        by_value += np.concatenate((by_output, by_label))[:, None]
-        table[..., ops.INTERSECTION] = by_value * of_rows[..., ops.BY_INTERSECTION]
-        table[..., ops.COST] = by_value * of_rows[..., ops.BY_PREDICTION]
-        of_whole = np.where(counts.numpy()[ops.KEPT :] == 0, by_value[:, 0].reshape(2, batch), 0.0).sum(0)
-        of_sample[:, : ops.BY_REST] = of_whole[:, None] * of_samples[:, ops.WHOLE_BY_INTERSECTION :]
-    pixel = grads[ops.PIXEL] * of_samples[:, : ops.PIXEL_BY_PREDICTION + 1]
-    return torch.from_numpy(table), torch.from_numpy(of_sample), torch.from_numpy(pixel)
+    of_whole = np.zeros((batch, ops.WHOLE_GRADIENT_COLUMNS))
+    pixel = np.zeros((batch, ops.SAMPLE_GRADIENT_COLUMNS))
+    tables = grad_terms.numpy(), sample_slopes.numpy(), slopes.numpy(), counts.numpy()
+    _terms_backward(*tables, masses, values, table, of_whole, pixel)
+    return torch.from_numpy(table), torch.from_numpy(of_whole), torch.from_numpy(pixel)
