@@ -65,6 +65,11 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, values: tuple[int, ..
 
 def bits_of(numbers: Sequence[float]) -> tuple[int, ...]:
     """The bits of some float64 as whole numbers."""
+    return _bits_of(tuple(numbers))
+
+
+@functools.lru_cache(maxsize=64)
+def _bits_of(numbers: tuple[float, ...]) -> tuple[int, ...]:
     return struct.unpack(f"{len(numbers)}q", struct.pack(f"{len(numbers)}d", *numbers))
 
 

@@ -100,6 +100,9 @@ def operator(name: str) -> Any:
     return call
 
 
+_NO_TENSORS = frozenset((int, float, bool, tuple, type(None)))  # what most arguments are; tuples hold numbers
+
+
 def _is_overheard() -> bool:
     """Whether a mode, a transform or a profiler takes part in what PyTorch calls."""
     return bool(
@@ -113,6 +116,8 @@ def _are_plain(args: Iterable[Any]) -> bool:
     """Whether tensors among the arguments have nothing around them."""
     for arg in args:
         kind = type(arg)
+        if kind in _NO_TENSORS:
+            continue
         if kind is list:
             if not _are_plain(arg):
                 return False

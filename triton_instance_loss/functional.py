@@ -80,10 +80,13 @@ def evaluate_sum(
     slow_terms, fused, terms, total = _evaluate(scene, alone, options, weights, criteria, of_all)
     for name, term in slow_terms.items():
         total = weights[name] * term if total is None else total + weights[name] * term
-    of_all_terms = {name: term.detach() for name, term in slow_terms.items()}
+    of_all_terms: dict[str, Tensor] = {}
     if terms is not None:
-        of_all_terms.update(pair for pair in zip(TERMS, terms.detach().unbind(), strict=True) if pair[0] in fused)
-    return total, {name: of_all_terms[name] for name in TERMS if name in weights}
+        of_all_terms = {name: term for name, term in zip(TERMS, terms.unbind(), strict=True) if name in fused}
+    if slow_terms:
+        of_all_terms.update((name, term.detach()) for name, term in slow_terms.items())
+        of_all_terms = {name: of_all_terms[name] for name in TERMS if name in weights}
+    return total, of_all_terms
 
 
 class _Evaluated(NamedTuple):

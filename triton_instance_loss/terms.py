@@ -6,6 +6,7 @@ into the gradient of a volume. A sample without usable outputs, or without label
 criterion on the whole sample, in row 0.
 """
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -160,7 +161,8 @@ class FusedTerms(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         """All terms, (7,), 0 where not wanted, and their sum with weights; and what the backward wants to know.
 
-        x is None where it is the carrier; what comes after `how` is None if nothing was found before.
+        With weights, the sum alone is differentiable. x is None where it is the carrier; what comes after `how` is None
+        if nothing was found before.
         """
         evaluation = (
             wanted.quantity,
@@ -189,11 +191,12 @@ class FusedTerms(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         """Keep what the backward wants to know."""
         carrier, values, x, labels, ctx.wanted, ctx.weights, _, *sites_and_counts, _, _, _, _ = inputs
-        _, _, *made = output
+        terms, _, *made = output
         if sites_and_counts[0] is None:
             sites_and_counts = made[KEPT_TENSORS:]
         ctx.values_type = None if values is None else values.dtype
-        ctx.mark_non_differentiable(*made)
+        # (who wants the sum has nothing flow into the terms)
+        ctx.mark_non_differentiable(*made, *([terms] if ctx.weights else []))
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(carrier, carrier if x is None else x, labels, *sites_and_counts, *made[:KEPT_TENSORS])
 
@@ -205,7 +208,8 @@ class FusedTerms(torch.autograd.Function):
             return (None,) * 14
         carrier, x, labels, where, which, counts, *kept = ctx.saved_tensors
         wanted: Request = ctx.wanted
-        with torch.no_grad():
+        with_graph = torch.is_grad_enabled()  # a graph of the backward was asked for
+        with torch.no_grad() if with_graph else contextlib.nullcontext():
             grad_x, grad_values = ops.evaluate_backward(
                 x,
                 labels,
@@ -226,7 +230,7 @@ class FusedTerms(torch.autograd.Function):
                 ctx.values_type is not None,
             )
             of_values = None if ctx.values_type is None else grad_values.to(ctx.values_type)
-        if torch.is_grad_enabled():  # a graph of the backward was asked for
+        if with_graph:
             grad_x = OnceDifferentiable.apply(grad_x, carrier)  # type: ignore[no-untyped-call]
             if of_values is not None:
                 of_values = OnceDifferentiable.apply(of_values, carrier)  # type: ignore[no-untyped-call]
