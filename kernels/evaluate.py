@@ -47,10 +47,12 @@ def launch_evaluate(
     sample_sums = sum_instances(tables, x, sites, counts, geometry, activation, quantity, no_tp)
     of_criteria = numbers(tuple(criteria), shape[0] * shape[1] * shape[2], batch, classes)
     results = tables.sums, sample_sums, pixel_sums, health, counts, geometry, owned, distances, values, totals
+    touching, finished = [tables.pairs, tables.touched], tables.finished
+    del tables  # the excess goes before the slopes come
     terms, total, *slopes = launch_terms(
-        *results, of_criteria, classes, reduction, rates, tuple(weights), x.dtype, tables.finished
+        *results, of_criteria, classes, reduction, rates, tuple(weights), x.dtype, finished
     )
-    return terms, total, [*slopes, tables.pairs, tables.touched]
+    return terms, total, [*slopes, *touching]
 
 
 def launch_find_and_evaluate(
