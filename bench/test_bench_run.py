@@ -303,6 +303,10 @@ def test_the_pages_quote_the_stored_rows():
     for entry in ("step_cpu", "component_losses", "step_small"):
         assert plot.table(stored, entry) in page, entry
     assert plot.counters(stored) in page
+    for row in (row for row in stored if row["entry"] == "host" and row["launches"] > 0):
+        name = re.escape(row["provider"].split(",")[0])
+        spread = f"{row['ratio']:.2f} [{row['ratio_p20']:.2f} .. {row['ratio_p80']:.2f}]"
+        assert re.search(rf"\| `{name}`[^|]* \| {row['launches']} \| {re.escape(spread)} \|", page), row["provider"]
     ratios = {}
     for row in stored:  # the latest is the last
         if row.get("case") in ("lesions 1 x 128^3", "2 x 8^3") and "ratio" in row:
