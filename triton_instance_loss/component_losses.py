@@ -302,7 +302,7 @@ class CCLoss(ComponentLoss):
         """The loss of a scene."""
         self._look_at_cross_entropy(scene)
         numbers = *_parts(self.mode), float(self.smooth)
-        shares = {ops.LABELS: 1.0 - self.alpha, ops.OUTPUTS: float(self.alpha)}
+        shares: dict[int, float] = {ops.LABELS: 1.0 - self.alpha, ops.OUTPUTS: float(self.alpha)}
         used = [side for side, share in shares.items() if share > 0]
         values = [scene.loss(cells, ops.CELLS, numbers) for cells in scene.cells(used, self.spacing)]
         if len(used) == 1:
