@@ -78,7 +78,7 @@ def _behind(begins, highest, other_begins, other_highest):
 @triton.jit
 def _largest_of_runs(occupancy, node, x, BLOCK: tl.constexpr):
     """The largest node in the run of each cell that is not empty."""
-    LENGTH: tl.constexpr = min(BLOCK, RUN.value)
+    LENGTH: tl.constexpr = BLOCK if BLOCK < RUN else RUN  # (Triton 3.2 makes a tensor of min)
     occupancy, x, node = (
         occupancy.reshape(BLOCK // LENGTH, LENGTH),
         x.reshape(BLOCK // LENGTH, LENGTH),

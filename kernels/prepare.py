@@ -55,6 +55,7 @@ def _clear(
     rest,
     BLOCK: tl.constexpr,
 ):
+    """Write zeros: in the rows of a side that are used and, with outputs, in what there is once a sample."""
     B = tl.num_programs(1) // 2
     is_output, sample = side < B, side % B
     outputs, labels = tl.load(counts_ptr + OUTPUTS * B + sample), tl.load(counts_ptr + LABELS * B + sample)

@@ -223,6 +223,13 @@ def test_terms_at_gpu_block_sizes(monkeypatch):
     assert_terms((*tables, None, numbers), ops.BY_INSTANCE, True)
 
 
+@pytest.mark.usefixtures("interleaved")
+def test_terms_at_once():
+    """The program that is done last adds up what all have written."""
+    *tables, _, numbers = random_case(7)
+    assert_terms((*tables, None, numbers), ops.BY_INSTANCE, True)
+
+
 def test_broken_outputs_break_all_terms():
     sums, counts, geometry, owned, distances, _, numbers = random_case(3)
     broken = torch.tensor([1, torch.nan, 1, 1], dtype=torch.float64, device=DEVICE)

@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, NoReturn
 
+import torch
 from torch import Tensor
 from torch.nn.modules.loss import _Loss
 
@@ -485,8 +486,11 @@ class WeightedSum(_Loss):
         """The same; `scene` is what was made of the tensors, if other losses look at them too."""
         used = {name: weight for name, weight in self.weights.plain.items() if weight != 0.0}
         inputs = outputs, labels, cc_label_batch, ignore_mask
-        # (torch.nn.Module looks at each attribute that is set)
-        total, self.__dict__["terms"] = self.loss.evaluate_sum(*inputs, used, scene)
+        total, terms = self.loss.evaluate_sum(*inputs, used, scene)
+        if torch.compiler.is_compiling():  # before torch 2.7 the compiler follows nothing else
+            self.terms = terms
+        else:  # torch.nn.Module would take its time to look at what is set
+            self.__dict__["terms"] = terms
         if total is not None and (total.requires_grad or not outputs.requires_grad):
             return total
         # The sum of no voxels is connected to all of them, and costs no pass.
