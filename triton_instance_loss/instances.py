@@ -63,7 +63,7 @@ def search(
         rows = min(rows, max(bound // BLOCKS_A_ROW[options.spatial_dims], FEW_ROWS, options.max_cc_out))
     of_instances = options.num_iterations or 0, options.min_instance_size
     of_kept = options.max_cc_out, float(options.mul_too_many)
-    wanted = *activation_of(options), *pixel, *of_instances, *of_kept, rows, bound - rows if rows else 0
+    wanted = *activation_of(options), *pixel, *of_instances, *of_kept, rows, bound - rows if rows > 0 else 0
     # A voxel makes at most one pair, and whole components at most one a 2x2x2 block; a hash set is to stay half empty.
     return Search(ids, wanted, 2 * bound)
 
