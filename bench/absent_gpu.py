@@ -3,11 +3,16 @@
 `triton.runtime.driver.set_active(AbsentGpu(Launcher))`, before kernels are launched and not in Triton's interpreter.
 """
 
+import importlib
+import os
+import pkgutil
 from typing import Any
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+
+from triton_instance_loss import dispatch
 
 _VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 
@@ -60,3 +65,13 @@ class AbsentGpu:
     def map_python_to_cpp_type(self, kind: str) -> str:
         """As it is."""
         return kind
+
+
+def define_kernels() -> None:
+    """Import our kernels, which the active driver is to compile; tensors on the CPU go to them from here on."""
+    kernels = importlib.import_module("triton_instance_loss.kernels")
+    for room in pkgutil.iter_modules(kernels.__path__):
+        importlib.import_module(f"{kernels.__name__}.{room.name}")
+    os.environ[dispatch.BACKEND_VARIABLE] = "triton"
+    # It is asked for on the CPU. That the kernels are compiled has been decided when they were defined.
+    os.environ["TRITON_INTERPRET"] = "1"

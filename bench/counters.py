@@ -11,7 +11,6 @@ noise of an untrained network. Its gradient has to be that of the CPU backend.
 import argparse
 import importlib
 import os
-import pkgutil
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -25,6 +24,7 @@ import torch
 from triton_instance_loss import InstanceLoss, dispatch
 
 from . import measure, plot, run
+from .absent_gpu import define_kernels
 from .measure import Row
 from .plot import COUNTED
 
@@ -38,11 +38,7 @@ def _machine() -> Any:
     if machine.COMPILER is None:
         raise SystemExit("bench.counters needs gcc, which compiles the machine that counts; it is not installed.")
     machine.install()
-    kernels = importlib.import_module("triton_instance_loss.kernels")
-    for room in pkgutil.iter_modules(kernels.__path__):
-        importlib.import_module(f"{kernels.__name__}.{room.name}")
-    # The kernels are defined, and compiled; this lets tensors on the CPU through to them.
-    os.environ["TRITON_INTERPRET"] = "1"
+    define_kernels()
     return machine.MACHINE
 
 

@@ -9,9 +9,7 @@ a launch. It needs Triton 3.4 or later.
 """
 
 import argparse
-import importlib
 import os
-import pkgutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,12 +29,11 @@ from triton_instance_loss import (
     InstanceLoss,
     WeightedSum,
     connected_components,
-    dispatch,
 )
 from triton_instance_loss.metrics import instance_metrics
 
 from . import measure, run
-from .absent_gpu import AbsentGpu
+from .absent_gpu import AbsentGpu, define_kernels
 from .entry import SEED
 from .measure import Row
 
@@ -60,12 +57,7 @@ class _Launcher:
 def pretend() -> None:
     """From here on, kernels go to a GPU that is not there; what they would write stays as it was."""
     driver.set_active(AbsentGpu(_Launcher))
-    kernels = importlib.import_module("triton_instance_loss.kernels")
-    for room in pkgutil.iter_modules(kernels.__path__):
-        importlib.import_module(f"{kernels.__name__}.{room.name}")
-    os.environ[dispatch.BACKEND_VARIABLE] = "triton"
-    # The kernels are defined, and compiled; this lets tensors on the CPU through to them.
-    os.environ["TRITON_INTERPRET"] = "1"
+    define_kernels()
     # What nobody has written cannot be looked at.
     triton_instance_loss.checks.room_for_labels = lambda most, room: None
 

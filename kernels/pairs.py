@@ -8,7 +8,8 @@ rows, each pair looked up:
     output o:  LABEL = sum of the sizes of the labels that touch o
     label l:   COST += sum of the excess of the outputs that touch l
 
-Backward: the gradient of the excess of o is the sum of the gradients of COST over the labels that touch o (terms.py).
+Backward (terms_backward.py): the gradient of the excess of o is the sum of the gradients of COST over the labels that
+touch o.
 
 The kernel that does this last part of the forward also adds up the sums of whole samples, of which the blocks of
 tables.py have written a part each. Deterministic: everything is added in a fixed order. Bytes a voxel: none; 8 for each

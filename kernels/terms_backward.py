@@ -19,39 +19,43 @@ from .. import ops
 from .blocks import block_size, table_programs
 from .launches import bits_of, launch, of_bits
 from .pairs import NEIGHBOURS_BLOCK, NEIGHBOURS_WARPS, touching
-from .terms import NO_WEIGHTS, ROWS_BLOCK, WEIGHTS
+from .terms import (
+    BY_CENTER,
+    BY_DISTANCE,
+    BY_INTERSECTION,
+    BY_LABEL,
+    BY_MISTAKE,
+    BY_OUTPUT,
+    BY_PREDICTION,
+    CENTER,
+    COST,
+    DISTANCE,
+    FALSE_INSTANCES,
+    INSTANCE_LABEL,
+    INSTANCE_OUTPUT,
+    INTERSECTION,
+    KEPT,
+    LABELS,
+    MISSED_INSTANCES,
+    NO_WEIGHTS,
+    OUTPUTS,
+    PIXEL,
+    PIXEL_BY_INTERSECTION,
+    PIXEL_BY_PREDICTION,
+    PROXIMITY,
+    ROWS_BLOCK,
+    SAMPLE_SLOPES_COLUMNS,
+    SLOPES_COLUMNS,
+    WEIGHTS,
+    WHOLE_BY_INTERSECTION,
+    WHOLE_BY_PREDICTION,
+)
 
 MASS: tl.constexpr = tl.constexpr(ops.MASS)
-INTERSECTION: tl.constexpr = tl.constexpr(ops.INTERSECTION)
-COST: tl.constexpr = tl.constexpr(ops.COST)
 GRADIENT_COLUMNS: tl.constexpr = tl.constexpr(ops.GRADIENT_COLUMNS)
 SAMPLE_GRADIENT_COLUMNS: tl.constexpr = tl.constexpr(ops.SAMPLE_GRADIENT_COLUMNS)
 WHOLE_GRADIENT_COLUMNS: tl.constexpr = tl.constexpr(ops.WHOLE_GRADIENT_COLUMNS)
 BY_REST: tl.constexpr = tl.constexpr(ops.BY_REST)
-OUTPUTS: tl.constexpr = tl.constexpr(ops.OUTPUTS)
-KEPT: tl.constexpr = tl.constexpr(ops.KEPT)
-LABELS: tl.constexpr = tl.constexpr(ops.LABELS)
-PIXEL: tl.constexpr = tl.constexpr(ops.PIXEL)
-INSTANCE_LABEL: tl.constexpr = tl.constexpr(ops.INSTANCE_LABEL)
-INSTANCE_OUTPUT: tl.constexpr = tl.constexpr(ops.INSTANCE_OUTPUT)
-CENTER: tl.constexpr = tl.constexpr(ops.CENTER)
-FALSE_INSTANCES: tl.constexpr = tl.constexpr(ops.FALSE_INSTANCES)
-MISSED_INSTANCES: tl.constexpr = tl.constexpr(ops.MISSED_INSTANCES)
-PROXIMITY: tl.constexpr = tl.constexpr(ops.PROXIMITY)
-BY_CENTER: tl.constexpr = tl.constexpr(ops.BY_CENTER)
-BY_INTERSECTION: tl.constexpr = tl.constexpr(ops.BY_INTERSECTION)
-BY_PREDICTION: tl.constexpr = tl.constexpr(ops.BY_PREDICTION)
-DISTANCE: tl.constexpr = tl.constexpr(ops.DISTANCE)
-SLOPES_COLUMNS: tl.constexpr = tl.constexpr(ops.SLOPES_COLUMNS)
-PIXEL_BY_INTERSECTION: tl.constexpr = tl.constexpr(ops.PIXEL_BY_INTERSECTION)
-PIXEL_BY_PREDICTION: tl.constexpr = tl.constexpr(ops.PIXEL_BY_PREDICTION)
-BY_LABEL: tl.constexpr = tl.constexpr(ops.BY_LABEL)
-BY_OUTPUT: tl.constexpr = tl.constexpr(ops.BY_OUTPUT)
-BY_DISTANCE: tl.constexpr = tl.constexpr(ops.BY_DISTANCE)
-BY_MISTAKE: tl.constexpr = tl.constexpr(ops.BY_MISTAKE)
-WHOLE_BY_INTERSECTION: tl.constexpr = tl.constexpr(ops.WHOLE_BY_INTERSECTION)
-WHOLE_BY_PREDICTION: tl.constexpr = tl.constexpr(ops.WHOLE_BY_PREDICTION)
-SAMPLE_SLOPES_COLUMNS: tl.constexpr = tl.constexpr(ops.SAMPLE_SLOPES_COLUMNS)
 
 
 @triton.jit
@@ -73,7 +77,7 @@ def _by_criterion(row_ptr, here, by_value, by_near):
 
 @triton.jit(do_not_specialize=WEIGHTS)
 def _terms_backward_kernel(
-    weight_0: tl.int64,  # as above
+    weight_0: tl.int64,  # of each term in the total, a float64 in its bits
     weight_1: tl.int64,
     weight_2: tl.int64,
     weight_3: tl.int64,

@@ -251,10 +251,11 @@ def test_compiles_whole_without_a_gradient(backend):
         torch.testing.assert_close(compiled, loss(outputs, labels))
 
 
-def test_compiles_for_several_shapes():
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_compiles_for_several_shapes(dynamic):
     torch.compiler.reset()
     loss = WeightedSum(InstanceLoss(rate_instead_number=True))
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(loss, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     for shape in ((8, 9, 7), (10, 12, 6), (5, 5, 5)):
         outputs, labels = batch(shape=shape)
         torch.testing.assert_close(compiled(outputs, labels), loss(outputs, labels))

@@ -23,7 +23,7 @@ LABEL_ADVICE = (
 MAX_SAMPLES = 2**15 - 1  # outputs and labels are labelled together, and a CUDA grid has 65535 places for samples
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 DEVICES = ("cpu", "cuda")
-WIDER = {torch.bool: torch.uint8, torch.bfloat16: torch.float32}  # types that PyTorch finds no limits of
+_WITH_LIMITS = {torch.bool: torch.uint8, torch.bfloat16: torch.float32}  # for types that PyTorch finds no limits of
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
@@ -387,8 +387,8 @@ def _shares_memory(values: Tensor) -> bool:
 
 def _limits(values: Tensor) -> tuple[float, float]:
     """The smallest and the largest value, NaN if one is NaN."""
-    if values.dtype in WIDER:
-        values = values.to(WIDER[values.dtype])
+    if values.dtype in _WITH_LIMITS:
+        values = values.to(_WITH_LIMITS[values.dtype])
     low, high = torch.aminmax(values.detach())
     if _shares_memory(low):
         low, high = low.numpy(), high.numpy()  # type: ignore[assignment] # nothing waits, and no tool counts it as that

@@ -43,13 +43,9 @@ def evaluate_terms(
 
     `scene` is what was made of the tensors, if other losses look at them too.
     """
-    alone = scene is None
-    scene = scene or Scene(outputs, labels, cc_label_batch, ignore_mask, options)
-    slow_terms, fused, terms, _ = _evaluate(scene, alone, options, names, (pixel, instance, center), ())
-    if terms is not None:
-        of_all = dict(zip(TERMS, terms.unbind(), strict=True))
-        slow_terms.update((name, of_all[name]) for name in fused)
-    return {name: slow_terms[name] for name in TERMS if name in names}
+    inputs, criteria = (outputs, labels, cc_label_batch, ignore_mask), (pixel, instance, center)
+    slow_terms, terms, _ = _evaluate(inputs, scene, options, names, criteria, ())
+    return _by_name(slow_terms, terms, names)
 
 
 def evaluate_sum(
@@ -75,41 +71,38 @@ def evaluate_sum(
         weighted = [weights[name] * term for name, term in of_terms.items()]
         return torch.stack(weighted).sum() if weighted else None, {n: t.detach() for n, t in of_terms.items()}
     of_all = tuple(weights.get(name, 0.0) for name in TERMS)
-    alone = scene is None
-    scene = scene or Scene(*inputs, options)
-    slow_terms, fused, terms, total = _evaluate(scene, alone, options, weights, criteria, of_all)
+    slow_terms, terms, total = _evaluate(inputs, scene, options, weights, criteria, of_all)
     for name, term in slow_terms.items():
         total = weights[name] * term if total is None else total + weights[name] * term
-    of_all_terms: dict[str, Tensor] = {}
-    if terms is not None:
-        of_all_terms = {name: term for name, term in zip(TERMS, terms.unbind(), strict=True) if name in fused}
-    if slow_terms:
-        of_all_terms.update((name, term.detach()) for name, term in slow_terms.items())
-        of_all_terms = {name: of_all_terms[name] for name in TERMS if name in weights}
-    return total, of_all_terms
+    return total, _by_name({name: term.detach() for name, term in slow_terms.items()}, terms, weights)
+
+
+def _by_name(slow_terms: Mapping[str, Tensor], terms: Tensor | None, names: Collection[str]) -> dict[str, Tensor]:
+    """The terms `names`, in the order of TERMS: those of which the criterion was called, and all others, (7,)."""
+    of_all = {} if terms is None else dict(zip(TERMS, terms.unbind(), strict=True))
+    of_all.update(slow_terms)
+    return {name: of_all[name] for name in TERMS if name in names}
 
 
 class _Evaluated(NamedTuple):
     """What comes of one pass."""
 
     slow: dict[str, Tensor]  # terms of which the criterion was called
-    fused: tuple[str, ...]  # the names of all others
-    terms: Tensor | None  # (7,), of these; None if there are none
+    terms: Tensor | None  # (7,), all others; None if there are none
     total: Tensor | None  # their weighted sum, 0-d
 
 
 def _evaluate(
-    scene: Scene,
-    alone: bool,
+    inputs: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
+    scene: Scene | None,
     options: Options,
     names: Collection[str],
     criteria: tuple[Criterion | None, Criterion | None, Criterion | None],
     weights: tuple[float, ...],
 ) -> _Evaluated:
-    """Evaluate the terms `names` of a call, and the sum of the fused ones with `weights`, one for each of TERMS.
-
-    `alone`: nobody else asks the scene what was found.
-    """
+    """Evaluate the terms `names` of a call, and the sum of the fused ones with `weights`, one for each of TERMS."""
+    alone = scene is None  # nobody else asks what was found
+    scene = scene or Scene(*inputs, options)
     pixel, instance, center = criteria[0], *(criterion or DICE for criterion in criteria[1:])
     pixel_form, instance_form, center_form = (DICE_FORM if each is None else fused_form(each) for each in criteria)
     given, x, truth, carrier = scene.given, scene.x, scene.truth, scene.carrier
@@ -120,20 +113,20 @@ def _evaluate(
         if "pixel" in names and seen == ops.NOT_FUSED:
             slow_terms["pixel"] = _pixel(x, carrier, truth, given, pixel, options) * health_of(looked_at, truth)
         if not set(names) - {"pixel"}:
-            return _Evaluated(slow_terms, (), None, None)
-        is_slow = {"pixel": seen == ops.NOT_FUSED, "center": center_form is None}
-        fused = tuple(name for name in TERMS if name in names and not is_slow.get(name))
+            return _Evaluated(slow_terms, None, None)
+        slow_center = "center" in names and center_form is None
+        slow_names = {*slow_terms, "center"} if slow_center else slow_terms
+        fused = tuple(name for name in TERMS if name in names and name not in slow_names)
         wanted = request(fused, options, seen, (pixel_form, instance_form, center_form))
         given_values = wanted.wants_instances and instance_form is None
         if wanted.wants_instances and wanted.quantity == quantities.CROSS_ENTROPY and not given_values:
             _look_at_cross_entropy(x, options)
         how = scene.search((seen, pixel_form.code if pixel_form else quantities.MASS), options)
-        arguments = carrier, None, None if x is carrier else x.detach(), truth, wanted, weights, how
-        slow_center = "center" in names and center_form is None
+        looked_for = None if x is carrier else x.detach(), truth, wanted, weights, how
         if alone and looked_at is x and options.process_group is None and not (slow_center or given_values):
-            terms, total, *_, counts = apply(FusedTerms, *arguments, *(None,) * 7)
+            terms, total, *_, counts = apply(FusedTerms, carrier, None, *looked_for, *(None,) * 7)
             _say_what_is_capped(counts, x, options)
-            return _Evaluated(slow_terms, fused, terms, total if weights else None)
+            return _Evaluated(slow_terms, terms, total if weights else None)
 
         found = scene.find(how)
         _say_what_is_capped(found.counts, x, options)
@@ -141,7 +134,7 @@ def _evaluate(
             volumes = slow.volumes(x, carrier, found, options)
             slow_terms["center"] = slow.center(volumes, found, center, options) * health_of(looked_at, truth)
         if not fused:
-            return _Evaluated(slow_terms, (), None, None)
+            return _Evaluated(slow_terms, None, None)
         values: Tensor | None = None
         if given_values:
             volumes = slow.volumes(x, carrier, found, options)
@@ -151,8 +144,8 @@ def _evaluate(
             health = health * health_of(looked_at, truth)
         tables = *found.sites, found.counts, found.geometry, found.pixel_sums, health
         totals = instances_of_all(found.counts, options)
-        terms, total, *_ = apply(FusedTerms, carrier, values, *arguments[2:], *tables, totals)
-        return _Evaluated(slow_terms, fused, terms, total if weights else None)
+        terms, total, *_ = apply(FusedTerms, carrier, values, *looked_for, *tables, totals)
+        return _Evaluated(slow_terms, terms, total if weights else None)
 
 
 def _look_at_cross_entropy(x: Tensor, options: Options) -> None:

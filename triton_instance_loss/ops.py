@@ -274,7 +274,7 @@ def find_then_evaluate(
     activation: int,
     *options: Any,
 ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], Tensor]:
-    """The operator `find_and_evaluate`, of a backend's other two."""
+    """The operator `find_and_evaluate`, of a backend's other two. Of the options, nine are those of `find`."""
     of_find, of_evaluate = options[:9], options[9:]
     sites, pixel_sums, health, counts, geometry = find(x, labels, ids, activation, *of_find)
     found = x, sites, counts, geometry, pixel_sums, health, None, None

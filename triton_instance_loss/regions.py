@@ -89,15 +89,13 @@ class Scene:
 
     def cells(self, sides: Sequence[int], spacing: tuple[float, ...] | None) -> list[Regions]:
         """The cells of the instances of each side."""
-        missing = [self.instances(side) for side in sides if (side, spacing) not in self._cells]
+        missing = [side for side in sides if (side, spacing) not in self._cells]
         if missing:
-            rows = missing[0].rows if len(missing) == 1 else torch.cat([each.rows for each in missing])
+            instances = [self.instances(side) for side in missing]
+            rows = instances[0].rows if len(instances) == 1 else torch.cat([each.rows for each in instances])
             cells = ops.cells(rows, list(of_volume(spacing, self.options.spatial_dims))).chunk(len(missing))
-            for side in sides:
-                if (side, spacing) not in self._cells:
-                    _, counts, capacity = self.instances(side)
-                    of_side, *cells = cells
-                    self._cells[side, spacing] = Regions(self._but_ignored(of_side), counts, capacity)
+            for side, of_side, (_, counts, capacity) in zip(missing, cells, instances, strict=True):
+                self._cells[side, spacing] = Regions(self._but_ignored(of_side), counts, capacity)
         return [self._cells[side, spacing] for side in sides]
 
     def unclaimed(self) -> Tensor:

@@ -5,7 +5,6 @@
 
 import importlib
 import os
-import pkgutil
 import sys
 from pathlib import Path
 
@@ -16,8 +15,9 @@ sys.path += [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 os.environ.pop("TRITON_INTERPRET", None)
 
 import torch
-from backends import VARIABLE
 from machine import COMPILER, MACHINE, install
+
+from bench.absent_gpu import define_kernels
 
 # What Triton did before it could be set; silences a warning.
 os.environ["TRITON_DEFAULT_FP_FUSION"] = "1"
@@ -33,13 +33,8 @@ def pytest_collection_modifyitems(items):
 def compiled_kernels():
     """The Triton backend for CPU tensors, with its kernels as a GPU has them."""
     install()
-    package = importlib.import_module("triton_instance_loss.kernels")
-    for module in pkgutil.iter_modules(package.__path__):
-        importlib.import_module(f"{package.__name__}.{module.name}")
+    define_kernels()
     assert not importlib.import_module("triton_instance_loss.kernels.blocks").INTERPRETED
-    # Lets CPU tensors pass; that the kernels are compiled has been decided when they were defined.
-    os.environ["TRITON_INTERPRET"] = "1"
-    os.environ[VARIABLE] = "triton"
     torch.set_num_threads(1)
 
 
