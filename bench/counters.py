@@ -50,7 +50,7 @@ def cases(side: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         for _ in range(10):
             center, radius = draw.integers(0, side, 3), draw.uniform(1, 5)
             volume[((index - center[:, None, None, None]) ** 2).sum(0) <= radius**2] = 1
-    truth = torch.from_numpy(labels)
+    truth = torch.from_numpy(labels).clone()  # NumPy's memory may begin within a sector
     noise = [torch.randn(truth.shape, generator=torch.Generator().manual_seed(seed)) for seed in range(2)]
     return {"lesions": (truth.roll(1, 2) * 6 - 3 + 0.3 * noise[0], truth), "noise": (noise[1], truth)}
 
