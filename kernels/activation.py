@@ -129,12 +129,14 @@ def _activate_kernel(
     WIDE: tl.constexpr = tl.int32 if label_type.primitive_bitwidth < 32 else label_type
     UNSIGNED: tl.constexpr = tl.uint64 if label_type.primitive_bitwidth == 64 else tl.uint32
     COMPARED: tl.constexpr = label_type if label_type.is_floating() else UNSIGNED
+    # Of y it is whole numbers that are added, for which a warp has one instruction.
+    TRUTH: tl.constexpr = tl.int32 if PIXEL == PROBABILITY else tl.float64
     sample, B = tl.program_id(1).to(tl.int64), tl.num_programs(1)
     x_ptr += sample * D * H * W
     labels_ptr += sample * D * H * W
     of_both = tl.zeros((BLOCK, 2), tl.float64)
     of_u = tl.zeros((BLOCK, 2), tl.float64)
-    of_w = tl.zeros((BLOCK, 2), tl.float64)
+    of_w = tl.zeros((BLOCK, 2), TRUTH)
     # NaN once any x is not finite; and the least and largest label, or NaN
     not_finite = tl.zeros((BLOCK, 2), x_ptr.dtype.element_ty)
     least = tl.zeros((BLOCK, 2), COMPARED)
@@ -160,7 +162,7 @@ def _activate_kernel(
                 u = tl.where(inside, u, 0.0)  # where both are 0, so is all that is added
                 of_both += (u * w).to(tl.float64)
                 of_u += phi(u, w, QUANTITY).to(tl.float64)
-                of_w += truth(w, QUANTITY).to(tl.float64)
+                of_w += truth(w, QUANTITY).to(TRUTH)
             if masks_ptr is not None:
                 mask_ptr = masks_ptr + sample * D * H * W + voxel
                 tl.store(mask_ptr, foreground, mask=inside)
@@ -176,12 +178,12 @@ def _activate_kernel(
                 )  # fmt: skip
 
     parts_ptr += (sample * tl.num_programs(0) + tl.program_id(0)) * (COLUMNS + 1)
-    both, true = tl.zeros([], tl.float64), tl.zeros([], tl.float64)
+    both, true = tl.zeros([], tl.float64), tl.zeros([], TRUTH)
     if PIXEL != PROBABILITY or tl.max(tl.max(of_w, axis=1), axis=0) > 0:  # most of y is background
         both, true = _sum_of(of_both), _sum_of(of_w)
     tl.store(parts_ptr, both)
     tl.store(parts_ptr + 1, _sum_of(of_u))
-    tl.store(parts_ptr + 2, true)
+    tl.store(parts_ptr + 2, true.to(tl.float64))
     healthy = (not_finite == 0) & is_mask_like(least) & is_mask_like(most)
     broken = tl.max(tl.max(1 - healthy.to(tl.int32), axis=1), axis=0)
     tl.store(parts_ptr + COLUMNS, tl.where(broken > 0, float("nan"), 0.0))

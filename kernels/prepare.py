@@ -109,10 +109,13 @@ def _prepare_kernel(
     OTHERS: tl.constexpr,
 ):
     side, program = tl.program_id(1).to(tl.int64), tl.program_id(0)
-    used_ptr = counts_ptr + KEPT * (tl.num_programs(1) // 2)  # kept outputs, then labels
+    B, from_last = tl.num_programs(1) // 2, tl.num_programs(0) - 1 - program
+    used_ptr = counts_ptr + KEPT * B  # kept outputs, then labels
+    if (side >= B) & (tl.minimum(program, from_last) >= tl.maximum(tl.load(used_ptr + side), 1)):
+        return  # there is no label for it, and all else that is cleared goes with outputs
     if distances_ptr is not None:
         nearest_boxes(
-            geometry_ptr, used_ptr, distances_ptr, tl.num_programs(0) - 1 - program, side, capacity, D, H, W,
+            geometry_ptr, used_ptr, distances_ptr, from_last, side, capacity, D, H, W,
             step_d, step_h, step_w, PLANAR, OTHERS,
         )  # fmt: skip
     if owned_ptr is not None:

@@ -79,9 +79,10 @@ def truth(w, QUANTITY: tl.constexpr):
 
 
 @triton.jit
-def sum_where(value, here):
-    """Sum of the lanes `here`, in float64."""
-    return tl.sum(tl.where(here, value.to(tl.float64), 0.0), axis=0)
+def sum_where(value, here, WHOLE: tl.constexpr = False):
+    """Sum of the lanes `here`, in float64; of WHOLE numbers in int32, for which a warp has one instruction."""
+    TYPE: tl.constexpr = tl.int32 if WHOLE else tl.float64
+    return tl.sum(tl.where(here, value.to(TYPE), tl.zeros(value.shape, TYPE)), axis=0).to(tl.float64)
 
 
 @triton.jit

@@ -109,6 +109,7 @@ def _sum_instances_kernel(
     BLOCK: tl.constexpr,
     THREADS: tl.constexpr,
 ):
+    WHOLE: tl.constexpr = ACTIVATION != NONE  # so are all quantities of zeros and ones
     sample = tl.program_id(1).to(tl.int64)
     B = tl.num_programs(1)
     kept = tl.load(counts_ptr + KEPT * B + sample)
@@ -128,9 +129,9 @@ def _sum_instances_kernel(
 
         if alone:  # elsewhere nobody asks for the sums of the sample
             part_ptr = parts_ptr + (sample * blocks + block) * SAMPLE_COLUMNS
-            tl.store(part_ptr, sum_where(a * y, in_volume))
-            tl.store(part_ptr + 1, sum_where(phi(a, y, QUANTITY), in_volume))
-            tl.store(part_ptr + 2, sum_where(y, in_volume))
+            tl.store(part_ptr, sum_where(a * y, in_volume, WHOLE))
+            tl.store(part_ptr + 1, sum_where(phi(a, y, QUANTITY), in_volume, WHOLE))
+            tl.store(part_ptr + 2, sum_where(y, in_volume, WHOLE))
         if tl.max(tl.maximum(out_site, lab_site), axis=0) > 0:  # most blocks are background
             key = (tl.maximum(out_site, 0).to(tl.int64) << 32) | tl.maximum(lab_site, 0)
             phi_0 = phi(a, tl.zeros_like(a), QUANTITY)
@@ -142,12 +143,15 @@ def _sum_instances_kernel(
                 out, lab = largest >> 32, largest & 0xFFFFFFFF
                 inside = (out > 0) & (out <= kept)
                 count = tl.sum(here.to(tl.int32), axis=0).to(tl.float64)
-                mass, cost_0, cost_1 = sum_where(a, here), sum_where(phi_0, here), sum_where(phi_1, here)
+                mass = sum_where(a, here, WHOLE)
+                cost_0, cost_1 = sum_where(phi_0, here, WHOLE), sum_where(phi_1, here, WHOLE)
                 if (out > 0) & (out <= capacity):
                     row_ptr = sums_ptr + (sample * capacity + out - 1) * COLUMNS
                     tl.atomic_add(row_ptr + MASS, mass, sem="relaxed")
                     tl.atomic_add(row_ptr + COST, tl.where(lab > 0, cost_1, cost_0), sem="relaxed")
-                    tl.atomic_add(excess_ptr + sample * capacity + out - 1, sum_where(excess, here), sem="relaxed")
+                    tl.atomic_add(
+                        excess_ptr + sample * capacity + out - 1, sum_where(excess, here, WHOLE), sem="relaxed"
+                    )
                     if lab > 0:
                         tl.atomic_add(row_ptr + INTERSECTION, mass, sem="relaxed")
                         tl.atomic_add(row_ptr + OVERLAP, count, sem="relaxed")
@@ -301,8 +305,8 @@ def _sum_instances_backward_kernel(
             missed = tl.load(grad_terms_ptr + MISSED_INSTANCES) * _of_mistakes(row_ptr, lab, capacity)
             if tl.max(out, axis=0) > capacity:
                 false += _of_rest(out, sample, sample_ptr, rest_sizes_ptr, touched_ptr, capacity, rest)
-    if MISTAKES == OF_MEAN:
-        grad += false + missed
+        if MISTAKES == OF_MEAN:
+            grad += false + missed
     if PIXEL != NOT_FUSED:
         labels = tl.load(labels_ptr + index, mask=in_volume, other=0)
         u, w = seen_by_pixel(x, p, out != 0, lab != 0, labels, PIXEL)
