@@ -46,7 +46,8 @@ def instance_values(volumes: Volumes, found: Found, criterion: Criterion, option
     for sample in range(a.shape[0]):
         prediction, truth = a[sample], y[sample]
         out, lab = out_rows[sample], lab_rows[sample]
-        _, num_kept, num_labels = found.counts[:, sample].tolist()
+        # (no `tolist`: under torch.func there is no memory to read, in PyTorch 2.6)
+        _, num_kept, num_labels = [int(count) for count in found.counts[:, sample]]
         kept = (out > 0) & (out <= num_kept)
         values = []
         for row in range(1, num_labels + 1):
