@@ -13,6 +13,9 @@ none, nor is one of number 0 with y = 1, but with CELLS. Its sums are those of p
    value and its slopes, by the sums of p, p y, p^2 and c, and its share in the mean over its class.
 4. `_total_kernel` adds samples up: the value, and its derivative by the value of each.
 
+Of two sides, each voxel is in a region of either: samples of the second follow those of the first, S of them on B
+volumes.
+
 Backward, one kernel, s the slopes of the voxel's region, times the factor of its sample and the gradient:
 
     dx = (s.MASS + s.TRUE_MASS y + s.SQUARES p) p' + s.CROSS_ENTROPY c',    p' = p (1 - p),  c' = p - y,
@@ -75,8 +78,8 @@ SAMPLES_BLOCK = 16
 
 @triton.jit
 def _clear_kernel(
-    counts_ptr,  # (B,) int32
-    sums_ptr,  # (B, capacity + 1, 6) float64
+    counts_ptr,  # (S,) int32
+    sums_ptr,  # (S, capacity + 1, 6) float64
     capacity,
     BLOCK: tl.constexpr,
 ):
@@ -138,8 +141,9 @@ def _add(sums_ptr, mass, truth, true_mass, squares, cost, size, KIND: tl.constex
 def _sum_regions_kernel(
     x_ptr,  # (B, V) float32 or float64
     labels_ptr,  # (B, V) of any real dtype
-    rows_ptr,  # (B, V) int32
-    sums_ptr,  # (B, capacity + 1, 6) float64
+    rows_ptr,  # (S, V) int32
+    sums_ptr,  # (S, capacity + 1, 6) float64
+    B,
     V,
     capacity,
     ACTIVATION: tl.constexpr,
@@ -148,6 +152,9 @@ def _sum_regions_kernel(
     BLOCK: tl.constexpr,
 ):
     sample = tl.program_id(1).to(tl.int64)
+    x_ptr += sample % B * V
+    labels_ptr += sample % B * V
+    rows_ptr += sample * V
     sums_ptr += sample * (capacity + 1) * COLUMNS
     mass = tl.zeros((BLOCK,), tl.float64)  # of what is in no instance
     truth = tl.zeros((BLOCK,), tl.int32)
@@ -158,11 +165,10 @@ def _sum_regions_kernel(
     blocks = (V - 1) // BLOCK + 1  # rounded up; V + BLOCK may not fit
     for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
         voxel = block * BLOCK + tl.arange(0, BLOCK)
-        index = sample * V + voxel
         in_volume = voxel < V
-        x = tl.load(x_ptr + index, mask=in_volume, other=0)
-        labels = tl.load(labels_ptr + index, mask=in_volume, other=0)
-        row = tl.load(rows_ptr + index, mask=in_volume, other=-1)
+        x = tl.load(x_ptr + voxel, mask=in_volume, other=0)
+        labels = tl.load(labels_ptr + voxel, mask=in_volume, other=0)
+        row = tl.load(rows_ptr + voxel, mask=in_volume, other=-1)
         y = is_label(labels)
         broken = (row >= 0) & ~((tl.abs(x) < float("inf")) & is_mask_like(labels))
         key = _region(row, y, capacity, KIND)
@@ -179,8 +185,8 @@ def _sum_regions_kernel(
             squares += tl.where(background, (p * p).to(tl.float64), 0.0)
         if ENTROPY:
             cost += tl.where(background, c.to(tl.float64), 0.0)
-        while tl.max(key, axis=0) > 0:
-            largest = tl.max(key, axis=0)
+        largest = tl.max(key, axis=0)
+        while largest > 0:
             here = key == largest
             _add(
                 sums_ptr + largest * COLUMNS, sum_where(p, here), _count(here & y),
@@ -188,6 +194,7 @@ def _sum_regions_kernel(
                 _count(here), KIND, ENTROPY,
             )  # fmt: skip
             key = tl.where(here, 0, key)
+            largest = tl.max(key, axis=0)
     voxels = tl.sum(size, axis=0)
     if voxels > 0:
         _add(
@@ -204,11 +211,11 @@ def _losses_kernel(
     number_3: tl.int64,
     number_4: tl.int64,
     number_5: tl.int64,
-    sums_ptr,  # (B, capacity + 1, 6) float64
-    counts_ptr,  # (B,) int32
-    chosen_ptr,  # (B, capacity) bool, or None
-    slopes_ptr,  # (B, capacity + 1, 4) float64
-    parts_ptr,  # (B, 2) float64: value and share of each sample
+    sums_ptr,  # (S, capacity + 1, 6) float64
+    counts_ptr,  # (S,) int32
+    chosen_ptr,  # (S, capacity) bool, or None
+    slopes_ptr,  # (S, capacity + 1, 4) float64
+    parts_ptr,  # (S, 2) float64: value and share of each sample
     capacity,
     KIND: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -240,36 +247,42 @@ def _losses_kernel(
     tl.store(parts_ptr + sample * 2 + 1, share)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["share"])
 def _total_kernel(
-    parts_ptr,  # (B, 2) float64: value and share of each sample
-    counts_ptr,  # (B,) int32
+    share: tl.int64,  # of the first of two sides, float64 in its bits
+    parts_ptr,  # (S, 2) float64: value and share of each sample
+    counts_ptr,  # (S,) int32
     value_ptr,  # () float32 or float64
-    factors_ptr,  # (B,) float64
+    factors_ptr,  # (S,) float64
     samples,  # of a class
     classes,
     KIND: tl.constexpr,
+    SIDES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     total = tl.zeros([], tl.float64)
-    for number in range(classes):
+    of_side = of_bits(share)
+    for number in range(classes * SIDES):
+        start = number // classes * samples * classes + number % classes
         shares = tl.zeros((BLOCK,), tl.float64)
         present = tl.zeros((BLOCK,), tl.int32)
         for first in range(0, samples, BLOCK):
             turn = first + tl.arange(0, BLOCK)
-            sample, here = turn * classes + number, turn < samples
-            share = tl.load(parts_ptr + sample * 2 + 1, mask=here, other=0.0)
-            shares += share
+            sample, here = start + turn * classes, turn < samples
+            of_sample = tl.load(parts_ptr + sample * 2 + 1, mask=here, other=0.0)
+            shares += of_sample
             if KIND == TVERSKY:
                 present |= (tl.load(counts_ptr + sample, mask=here, other=0) > 0).to(tl.int32)
             else:
-                present |= (share > 0).to(tl.int32)
+                present |= (of_sample > 0).to(tl.int32)
         # Without any, the value of a class is 0.
         factor = 1 / (tl.maximum(tl.sum(shares, axis=0), 1.0) * classes)
         factor = tl.where(tl.max(present, axis=0) > 0, factor, 0.0)
+        if SIDES == 2:
+            factor *= tl.where(number < classes, of_side, 1 - of_side)
         for first in range(0, samples, BLOCK):
             turn = first + tl.arange(0, BLOCK)
-            sample, here = turn * classes + number, turn < samples
+            sample, here = start + turn * classes, turn < samples
             value = tl.load(parts_ptr + sample * 2, mask=here, other=0.0)
             total += tl.sum(value * factor, axis=0)
             tl.store(factors_ptr + sample, factor + tl.zeros_like(value), mask=here)
@@ -277,32 +290,11 @@ def _total_kernel(
 
 
 @triton.jit
-def _region_backward_kernel(
-    grad_ptr,  # () of any float dtype
-    x_ptr,  # (B, V) float32 or float64
-    labels_ptr,  # (B, V) of any real dtype
-    rows_ptr,  # (B, V) int32
-    slopes_ptr,  # (B, capacity + 1, 4) float64
-    factors_ptr,  # (B,) float64
-    grad_x_ptr,  # (B, V), of the dtype of x
-    V,
-    capacity,
-    ACTIVATION: tl.constexpr,
-    KIND: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    voxel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    sample = tl.program_id(1).to(tl.int64)
-    index = sample * V + voxel
-    in_volume = voxel < V
-    x = tl.load(x_ptr + index, mask=in_volume, other=0)
-    y = is_label(tl.load(labels_ptr + index, mask=in_volume, other=0))
-    key = _region(tl.load(rows_ptr + index, mask=in_volume, other=-1), y, capacity, KIND)
-    p = probability(x, ACTIVATION)
-    rest = _rest(x, p, ACTIVATION)
-
+def _of_region(p, rest, y, row, factor, slopes_ptr, capacity, ACTIVATION: tl.constexpr, KIND: tl.constexpr):
+    """Gradient of x, from the slopes of the region that each voxel is in and the factor of the sample."""
+    key = _region(row, y, capacity, KIND)
     here = key >= 0
-    row_ptr = slopes_ptr + (sample * (capacity + 1) + key) * SLOPES
+    row_ptr = slopes_ptr + key * SLOPES
     by_p = tl.load(row_ptr + BY_MASS, mask=here, other=0.0)
     if KIND == CELLS:
         by_p += tl.load(row_ptr + BY_TRUE_MASS, mask=here & y, other=0.0)
@@ -318,8 +310,39 @@ def _region_backward_kernel(
             slope = phi_derivative(p, y.to(p.dtype), ENTROPY_QUANTITY)
             # A zero stays one: where cross entropy is not asked for, its slope may be anything.
             grad += tl.where(by_cost != 0, by_cost * slope.to(tl.float64), 0.0)
-    grad *= tl.load(grad_ptr).to(tl.float64) * tl.load(factors_ptr + sample)
-    tl.store(grad_x_ptr + index, tl.where(here, grad, 0.0).to(x.dtype), mask=in_volume)
+    return tl.where(here, grad * factor, 0.0)
+
+
+@triton.jit
+def _region_backward_kernel(
+    grad_ptr,  # () of any float dtype
+    x_ptr,  # (B, V) float32 or float64
+    labels_ptr,  # (B, V) of any real dtype
+    rows_ptr,  # (S, V) int32
+    slopes_ptr,  # (S, capacity + 1, 4) float64
+    factors_ptr,  # (S,) float64
+    grad_x_ptr,  # (B, V), of the dtype of x
+    V,
+    capacity,
+    ACTIVATION: tl.constexpr,
+    KIND: tl.constexpr,
+    SIDES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    voxel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    sample, B = tl.program_id(1).to(tl.int64), tl.num_programs(1)
+    in_volume = voxel < V
+    x = tl.load(x_ptr + sample * V + voxel, mask=in_volume, other=0)
+    y = is_label(tl.load(labels_ptr + sample * V + voxel, mask=in_volume, other=0))
+    p = probability(x, ACTIVATION)
+    rest = _rest(x, p, ACTIVATION)
+    total = tl.zeros((BLOCK,), tl.float64)
+    for side in tl.static_range(SIDES):
+        row = tl.load(rows_ptr + (side * B + sample) * V + voxel, mask=in_volume, other=-1)
+        factor = tl.load(grad_ptr).to(tl.float64) * tl.load(factors_ptr + side * B + sample)
+        side_ptr = slopes_ptr + (side * B + sample) * (capacity + 1) * SLOPES
+        total += _of_region(p, rest, y, row, factor, side_ptr, capacity, ACTIVATION, KIND)
+    tl.store(grad_x_ptr + sample * V + voxel, total.to(x.dtype), mask=in_volume)
 
 
 def launch_region_loss(
@@ -335,29 +358,31 @@ def launch_region_loss(
     capacity: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The value, slopes of each sample's own by sums of its regions, and its derivatives by those of samples."""
-    batch, num_voxels, device = len(x), x.shape[1:].numel(), x.device
-    value, factors = x.new_empty(()), torch.empty((batch,), dtype=torch.float64, device=device)
-    sizes = (batch, capacity + 1, SLOPES.value), (batch, capacity + 1, COLUMNS.value), (batch, 2)
-    slopes, sums, parts = (torch.empty(size, dtype=torch.float64, device=device) for size in sizes)
+    batch, samples, num_voxels = len(x), len(rows), x.shape[1:].numel()
+    sizes = (samples,), (samples, capacity + 1, SLOPES.value), (samples, capacity + 1, COLUMNS.value), (samples, 2)
+    factors, slopes, sums, parts = (torch.empty(size, dtype=torch.float64, device=x.device) for size in sizes)
+    value = x.new_empty(())
     if batch == 0:
         return value.zero_(), slopes, factors
     clear_block = block_size((capacity + 1) * COLUMNS.value, CLEAR_BLOCK)
-    launch(_clear_kernel, (table_programs(cut((capacity + 1) * COLUMNS.value, clear_block)), batch),
+    launch(_clear_kernel, (table_programs(cut((capacity + 1) * COLUMNS.value, clear_block)), samples),
         counts, sums, capacity, clear_block,
     )  # fmt: skip
     if num_voxels > 0:
         entropy = kind in (ops.BLOB, ops.CELLS) and numbers[1] != 0
         block = block_size(num_voxels, SUMS_BLOCK)
         programs = min(cut(num_voxels, block), SUMS_PROGRAMS)
-        launch(_sum_regions_kernel, (adding_programs(programs), batch),
-            x, labels, rows, sums, num_voxels, capacity, activation, kind, entropy, block, num_warps=SUMS_WARPS,
+        launch(_sum_regions_kernel, (adding_programs(programs), samples),
+            x, labels, rows, sums, batch, num_voxels, capacity, activation, kind, entropy, block,
+            num_warps=SUMS_WARPS,
         )  # fmt: skip
-    launch(_losses_kernel, (batch,),
+    launch(_losses_kernel, (samples,),
         sums, counts, chosen, slopes, parts, capacity, kind, block_size(capacity, ROWS_BLOCK),
         values=bits_of((*numbers, *(0.0,) * (len(NUMBERS) - len(numbers)))),
     )  # fmt: skip
     launch(_total_kernel, (1,),
-        parts, counts, value, factors, batch // classes, classes, kind, SAMPLES_BLOCK, num_warps=1,
+        parts, counts, value, factors, batch // classes, classes, kind, samples // batch, SAMPLES_BLOCK,
+        values=bits_of(numbers[3:4] if kind == ops.CELLS else (1.0,)), num_warps=1,
     )  # fmt: skip
     return value, slopes, factors
 
@@ -378,6 +403,7 @@ def launch_region_loss_backward(
     if batch * num_voxels > 0:
         block = block_size(num_voxels, GRADIENT_BLOCK)
         launch(_region_backward_kernel, (cut(num_voxels, block), batch),
-            grad, x, labels, rows, slopes, factors, grad_x, num_voxels, slopes.shape[1] - 1, activation, kind, block,
+            grad, x, labels, rows, slopes, factors, grad_x, num_voxels, slopes.shape[1] - 1,
+            activation, kind, len(rows) // batch, block,
         )  # fmt: skip
     return grad_x

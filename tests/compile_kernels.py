@@ -98,12 +98,12 @@ ACTIVATIONS = [
 # Losses on regions: types of x and labels, activation, kind, its numbers. Every kind, each type with the dearest one.
 REGIONS = [
     (torch.float32, torch.float32, SIGMOID, BLOB, [1.0, 1.0, 1e-5, 0.0]),
-    (torch.float32, torch.uint8, SIGMOID, CELLS, [1.0, 1.0, 0.0]),
-    (torch.float32, torch.int64, NONE, CELLS, [1.0, 1.0, 0.0]),
+    (torch.float32, torch.uint8, SIGMOID, CELLS, [1.0, 1.0, 0.0, 0.5]),
+    (torch.float32, torch.int64, NONE, CELLS, [1.0, 1.0, 0.0, 0.5]),
     (torch.float32, torch.bool, SIGMOID, TVERSKY, [0.3, 0.7, 1.0, 5.0, 0.1, 1e-5]),
     (torch.float32, torch.int32, NONE, FALSE, []),
-    (torch.float64, torch.float64, SIGMOID, CELLS, [1.0, 1.0, 0.0]),
-    (torch.float64, torch.float32, NONE, CELLS, [1.0, 1.0, 0.0]),
+    (torch.float64, torch.float64, SIGMOID, CELLS, [1.0, 1.0, 0.0, 0.5]),
+    (torch.float64, torch.float32, NONE, CELLS, [1.0, 1.0, 0.0, 0.5]),
 ]
 
 
@@ -186,10 +186,14 @@ def call_region_launchers(shape, capacity):
     room = rooms()["regions"]
     rows, counts = torch.zeros(shape, dtype=torch.int32), torch.zeros(shape[:1], dtype=torch.int32)
     for dtype, label_dtype, activation, kind, numbers in REGIONS:
-        volumes = torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=label_dtype), rows
+        volumes = torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=label_dtype)
         chosen = torch.zeros((shape[0], capacity), dtype=torch.bool) if kind == FALSE else None
-        value, *kept = room.launch_region_loss(*volumes, counts, chosen, activation, kind, numbers, 2, capacity)
-        room.launch_region_loss_backward(value, *volumes, *kept, activation, kind)
+        for sides in (1, 2) if kind == CELLS else (1,):
+            given = *volumes, rows.repeat(sides, 1, 1, 1)
+            value, *kept = room.launch_region_loss(
+                *given, counts.repeat(sides), chosen, activation, kind, numbers, 2, capacity
+            )
+            room.launch_region_loss_backward(value, *given, *kept, activation, kind)
 
 
 def is_aligned(value):

@@ -110,7 +110,7 @@ def test_labels_once():
     assert counts["find"] == 1
     assert counts["find_instances"] == 0
     assert counts["cells"] == 2  # those of labels, which two losses look at, and those of outputs
-    assert counts["region_loss"] == 6
+    assert counts["region_loss"] == 5
     # Where nothing looks at outputs, they are not labelled.
     counts = operators_of(CombinedLoss({name: losses[name] for name in ("blob", "cc", "cat")}))
     assert counts["find"] == 0

@@ -305,7 +305,7 @@ def test_broken_labels_show(kind, label, backend):
     rows, counts = labels.int(), torch.ones(1, dtype=torch.int32)
     rows[0, 0, 0, 0], labels[0, 0, 0, 0], labels[0, 0, 1, 1] = 1, 1, label
     rows = rows.clamp(min=1) if kind == ops.CELLS else rows
-    numbers = {ops.BLOB: [1, 1, 1, 0], ops.CELLS: [1, 1, 1], ops.TVERSKY: [0.3, 0.7, 1, 5, 0.1, 1], ops.FALSE: []}
+    numbers = {ops.BLOB: [1, 1, 1, 0], ops.CELLS: [1, 1, 1, 1], ops.TVERSKY: [0.3, 0.7, 1, 5, 0.1, 1], ops.FALSE: []}
     chosen = torch.ones(1, 1, dtype=torch.bool, device=backend) if kind == ops.FALSE else None
     tensors = [each.to(backend) for each in (x, labels, rows, counts)]
     value, _, _ = ops.region_loss(*tensors, chosen, ops.SIGMOID, kind, [float(each) for each in numbers[kind]], 1, 1)

@@ -21,9 +21,9 @@ KINDS = {
     "blob, dice": (BLOB, [1.0, 0.0, 1e-5, 1.0]),
     "blob, logits": (BLOB, [1.0, 1.0, 0.5, 1.0]),
     "blob, ce": (BLOB, [0.0, 1.0, 0.0, 0.0]),
-    "cells": (CELLS, [1.0, 1.0, 0.0]),
-    "cells, dice": (CELLS, [1.0, 0.0, 0.7]),
-    "cells, ce": (CELLS, [0.0, 1.0, 0.0]),
+    "cells": (CELLS, [1.0, 1.0, 0.0, 0.4]),
+    "cells, dice": (CELLS, [1.0, 0.0, 0.7, 0.4]),
+    "cells, ce": (CELLS, [0.0, 1.0, 0.0, 0.4]),
     "tversky": (TVERSKY, [0.3, 0.7, 1.0, 5.0, 0.1, 1e-5]),
     "tversky, odd": (TVERSKY, [0.6, 0.2, 0.5, 0.0, 0.7, 0.3]),
     "false": (FALSE, []),
@@ -151,7 +151,7 @@ def of_sample(p, x, y, rows, count, chosen, activation, kind, numbers):
             total = total + part / count
         return total, int(count > 0)
     if kind == CELLS:
-        dice, ce, s = numbers
+        dice, ce, s, _ = numbers
         for mask in instances or [background]:
             mass, truth, size = p[mask].sum(), int(y[mask].sum()), max(1, int(mask.sum()))
             if truth or not instances:
@@ -236,6 +236,35 @@ def test_losses_by_types(label_dtype):
         assert_loss(draw_case((2, 3, 5, 7), dtype, SIGMOID, kind, label_dtype), SIGMOID, kind, numbers)
 
 
+def assert_loss_of_two_sides(share, dtype=torch.float64, activation=SIGMOID, classes=1):
+    """What two maps give together, by what each gives alone."""
+    kind, numbers = CELLS, [1.0, 1.0, 0.3, share]
+    x, labels, *first = draw_case((4, 3, 5, 7), dtype, activation, kind)
+    *second, _ = draw_case((4, 3, 5, 7), dtype, activation, kind, seed=1)[2:]
+    rows, counts = (torch.cat(pair) for pair in zip(first[:2], second, strict=True))
+    value, *kept = regions.launch_region_loss(x, labels, rows, counts, None, activation, kind, numbers, classes, 8)
+    grad = torch.tensor(1.7, dtype=dtype, device=DEVICE)
+    ours = regions.launch_region_loss_backward(grad, x, labels, rows, *kept, activation, kind)
+    leaf = x.double().requires_grad_()
+    sides = [
+        plain_loss(leaf, labels, *side, first[-1], activation, kind, numbers, classes) for side in (first[:2], second)
+    ]
+    plain = share * sides[0] + (1 - share) * sides[1]
+    (expected,) = torch.autograd.grad(plain, leaf, grad.double())
+    error = 4e-7 if dtype == torch.float32 else 1e-14
+    torch.testing.assert_close(value.double(), plain.detach(), rtol=error, atol=error)
+    torch.testing.assert_close(
+        ours.double(), expected, rtol=0, atol=GRADIENT_ERRORS[dtype] * float(expected.abs().max())
+    )
+
+
+@pytest.mark.parametrize("activation", [NONE, SIGMOID])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_losses_of_two_sides(activation, dtype):
+    for share, classes in ((0.5, 1), (0.3, 2)):
+        assert_loss_of_two_sides(share, dtype, activation, classes)
+
+
 @pytest.mark.parametrize("name", KINDS)
 def test_losses_without_instances_or_voxels(name):
     kind, numbers = KINDS[name]
@@ -292,7 +321,9 @@ def test_cross_entropy_of_sure_logits(dtype):
     for voxels in ([0], [0, 4], [1], [3, 2]):
         part = torch.full_like(rows, -1)
         part[..., voxels] = 1
-        value, *kept = regions.launch_region_loss(x, labels, part, counts, None, SIGMOID, CELLS, [0.0, 1.0, 0.0], 1, 1)
+        value, *kept = regions.launch_region_loss(
+            x, labels, part, counts, None, SIGMOID, CELLS, [0.0, 1.0, 0.0, 1.0], 1, 1
+        )
         expected = sum(max(-v, 0) + math.log1p(math.exp(-abs(v))) for v in x[0, 0, 0, voxels].tolist()) / len(voxels)
         assert value.item() == pytest.approx(expected, rel=4e-7 if dtype == torch.float32 else 1e-14)
         grad = regions.launch_region_loss_backward(torch.ones_like(value), x, labels, part, *kept, SIGMOID, CELLS)
@@ -304,7 +335,7 @@ def test_logarithms_of_probabilities_end():
     x = torch.tensor([[[[0.0, 1.0, 0.0, 1.0, 1e-20]]]], device=DEVICE)
     labels = torch.tensor([[[[1.0, 0.0, 0.0, 1.0, 0.0]]]], device=DEVICE)
     rows, counts = torch.ones_like(x).int(), torch.ones(1, dtype=torch.int32, device=DEVICE)
-    value, *kept = regions.launch_region_loss(x, labels, rows, counts, None, NONE, CELLS, [0.0, 1.0, 0.0], 1, 1)
+    value, *kept = regions.launch_region_loss(x, labels, rows, counts, None, NONE, CELLS, [0.0, 1.0, 0.0, 1.0], 1, 1)
     assert value.item() == 40
     grad = regions.launch_region_loss_backward(torch.ones_like(value), x, labels, rows, *kept, NONE, CELLS)
     assert grad.flatten().tolist() == pytest.approx([-2e11, 2e11, 0, 0, 2e-9], rel=1e-6)

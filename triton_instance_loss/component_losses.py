@@ -9,7 +9,7 @@ from torch.nn.modules.loss import _Loss
 
 from . import checks, ops
 from .options import Options
-from .regions import Scene
+from .regions import BOTH, Scene
 
 # The options of the family that these losses share.
 SHARED = (
@@ -301,13 +301,9 @@ class CCLoss(ComponentLoss):
     def evaluate(self, scene: Scene) -> Tensor:
         """The loss of a scene."""
         self._look_at_cross_entropy(scene)
-        numbers = *_parts(self.mode), float(self.smooth)
-        shares: dict[int, float] = {ops.LABELS: 1.0 - self.alpha, ops.OUTPUTS: float(self.alpha)}
-        used = [side for side, share in shares.items() if share > 0]
-        values = [scene.loss(cells, ops.CELLS, numbers) for cells in scene.cells(used, self.spacing)]
-        if len(used) == 1:
-            return values[0]
-        return shares[ops.LABELS] * values[0] + shares[ops.OUTPUTS] * values[1]
+        numbers = *_parts(self.mode), float(self.smooth), float(self.alpha)
+        sides = BOTH if 0 < self.alpha < 1 else (ops.OUTPUTS if self.alpha > 0 else ops.LABELS,)
+        return scene.loss(scene.cells(sides, self.spacing), ops.CELLS, numbers)
 
 
 class ComponentTverskyLoss(ComponentLoss):

@@ -77,7 +77,7 @@ PIXEL_BY_INTERSECTION, PIXEL_BY_PREDICTION, BY_LABEL, BY_OUTPUT, BY_DISTANCE, BY
 WHOLE_BY_INTERSECTION, WHOLE_BY_PREDICTION, SAMPLE_SLOPES_COLUMNS = 6, 7, 8
 # What a region loss does with the sums over its regions (SPEC section 8), and the numbers that each of them takes.
 BLOB = 0  # dice and ce (0 or 1), smooth, by_logits (0 or 1): region 0 is where nothing is true
-CELLS = 1  # dice and ce (0 or 1), smooth: each voxel is in a cell; a sample without instances is one, region 0
+CELLS = 1  # dice and ce (0 or 1), smooth, share: each voxel is in a cell; a sample without instances is one, region 0
 TVERSKY = 2  # alpha, beta, gamma, epsilon, background_weight, smooth: region 0 as with BLOB
 FALSE = 3  # none: the regions that are chosen
 # Columns of the table of their slopes (float64): derivatives by the sums of p, p * y, p * stopgrad(p), cross entropy.
@@ -151,10 +151,13 @@ _SCHEMAS = {
     # count as 0, and are answered like all others
     "cells": "(Tensor rows, float[3] spacing) -> Tensor",
     # x as logits (SIGMOID; with softmax of one class against the rest) or probabilities (NONE), labels as in `find`, a
-    # row map, below 0 in no region, counts (B,), and with FALSE, (B, capacity) bool, the regions that are meant
+    # row map, below 0 in no region, counts (B,), and with FALSE, (B, capacity) bool, the regions that are meant.
+    # With CELLS, maps and counts may be those of two sides, one behind the other, (2 B, ...): the loss is that of the
+    # first times share and that of the second times 1 - share
     # -> the value, 0-d of the dtype of x, mean over classes, NaN if any x is not finite or any label not in
-    #    [-0.5, 1.5] where the row is not below 0; slopes (B, capacity + 1, 4) of a sample's own value by sums of its
-    #    regions, row 0 for what is in no instance; factors (B,) float64: derivatives of the value by those of samples
+    #    [-0.5, 1.5] where the row is not below 0; slopes (len(rows), capacity + 1, 4) of a sample's own value by sums
+    #    of its regions, row 0 for what is in no instance; factors (len(rows),) float64: derivatives of the value by
+    #    those of samples
     "region_loss": "(Tensor x, Tensor labels, Tensor rows, Tensor counts, Tensor? chosen, int activation, int kind,"
     " float[] numbers, int classes, SymInt capacity) -> (Tensor, Tensor, Tensor)",
     # gradient of the value, 0-d -> of x; 0 where a voxel is in no region. p' and ce' are derivatives in x, and y that
@@ -333,8 +336,8 @@ def _fake_region_loss(
     classes: int,
     capacity: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    slopes = x.new_empty((x.shape[0], capacity + 1, REGION_SLOPES), dtype=torch.float64)
-    return x.new_empty(()), slopes, slopes.new_empty((x.shape[0],))
+    slopes = x.new_empty((rows.shape[0], capacity + 1, REGION_SLOPES), dtype=torch.float64)
+    return x.new_empty(()), slopes, slopes.new_empty((rows.shape[0],))
 
 
 def _fake_region_loss_backward(

@@ -5,7 +5,6 @@ first asks for them, so that several losses share all of it. A region loss is on
 regions, and what is made of them.
 """
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -26,11 +25,15 @@ from .instances import Found, Search, find, search
 from .options import Options, of_volume
 from .terms import OnceDifferentiable, apply
 
+# Whose instances regions are made of.
+Sides = tuple[int, ...]
+BOTH: Sides = (ops.OUTPUTS, ops.LABELS)
+
 
 class Regions(NamedTuple):
-    """A row map, and how many instances are in it."""
+    """A row map, and how many instances are in it; of two sides, one behind the other, those of 2 B samples."""
 
-    rows: Tensor  # (B, D, H, W) int32, -1 where voxels are ignored
+    rows: Tensor  # (B, D, H, W) int32, below 0 where voxels are in no region
     counts: Tensor  # (B,) int32
     capacity: int  # rows of a table of them, 0: as many as there are
 
@@ -55,8 +58,10 @@ class Scene:
             self.x, self.truth = to_activate(given, options), to_compare(given, options)
             self.carrier = carrier_of(self.x, given, options)
         self._found: Found | None = None
-        self._sides: dict[int, Regions] = {}
-        self._cells: dict[Any, Regions] = {}
+        self._instances: dict[int, Regions] = {}
+        self._rows: Tensor | None = None  # the row maps of both sides, or else
+        self._labelled: tuple[Tensor, Tensor, Tensor] | None = None  # what labels alone give
+        self._cells: dict[Any, dict[Sides, Tensor]] = {}  # by spacing
 
     def search(self, pixel: tuple[int, int], options: Options) -> Search:
         """How the instances of both sides are found, with the sums of a pixel term."""
@@ -72,31 +77,25 @@ class Scene:
         return self._found or self.find(self.search((ops.NOT_FUSED, quantities.MASS), self.options))
 
     def instances(self, side: int) -> Regions:
-        """The regions that are instances: those of `ops.LABELS` or of `ops.OUTPUTS`."""
-        if side not in self._sides:
-            if self._found is None and not self.outputs_too:
-                rows, counts, geometry = self._label()
-                sides = {side: (rows, counts)}
-            else:
-                found = self.found()
-                out_rows, lab_rows = ops.row_maps(self.x.detach(), list(found.sites)).clamp_(min=0).chunk(2)
-                counts, geometry = found.counts, found.geometry
-                sides = {ops.OUTPUTS: (out_rows, counts[ops.OUTPUTS]), ops.LABELS: (lab_rows, counts[ops.LABELS])}
-            capacity = rows_of_tables(self.truth, geometry.shape[1])
-            for key, (rows, counts) in sides.items():
-                self._sides[key] = Regions(self._but_ignored(rows), counts, capacity)
-        return self._sides[side]
+        """The regions that are the instances of a side."""
+        if side not in self._instances:
+            regions = self._maps((side,))
+            self._instances[side] = regions._replace(rows=self._but_ignored(regions.rows.clamp(min=0)))
+        return self._instances[side]
 
-    def cells(self, sides: Sequence[int], spacing: tuple[float, ...] | None) -> list[Regions]:
-        """The cells of the instances of each side."""
-        missing = [side for side in sides if (side, spacing) not in self._cells]
-        if missing:
-            instances = [self.instances(side) for side in missing]
-            rows = instances[0].rows if len(instances) == 1 else torch.cat([each.rows for each in instances])
-            cells = ops.cells(rows, list(of_volume(spacing, self.options.spatial_dims))).chunk(len(missing))
-            for side, of_side, (_, counts, capacity) in zip(missing, cells, instances, strict=True):
-                self._cells[side, spacing] = Regions(self._but_ignored(of_side), counts, capacity)
-        return [self._cells[side, spacing] for side in sides]
+    def cells(self, sides: Sides, spacing: tuple[float, ...] | None) -> Regions:
+        """The regions that are the cells of the instances of some sides."""
+        made = self._cells.setdefault(spacing, {})
+        if sides not in made and BOTH in made:
+            made[sides] = made[BOTH].chunk(2)[BOTH.index(*sides)]
+        elif sides not in made:
+            missing = tuple([side for side in sides if (side,) not in made])
+            if missing:
+                rows = ops.cells(self._maps(missing).rows, list(of_volume(spacing, self.options.spatial_dims)))
+                made[missing] = self._but_ignored(rows)
+            if missing != sides:
+                made[sides] = torch.cat([made[side,] for side in sides])
+        return self._maps(sides)._replace(rows=made[sides])
 
     def unclaimed(self) -> Tensor:
         """(B, rows) bool: outputs that no label claims."""
@@ -118,6 +117,19 @@ class Scene:
                 value = value * health_of(self.given.outputs, self.truth)
         return value
 
+    def _maps(self, sides: Sides) -> Regions:
+        """Row maps as they are found: below 0 where the foreground is in no instance, and nowhere else."""
+        if self._found is None and not self.outputs_too:  # so it is labels
+            self._labelled = rows, counts, geometry = self._labelled or self._label()
+        else:
+            found = self.found()
+            counts, geometry = found.counts, found.geometry
+            if self._rows is None:
+                self._rows = ops.row_maps(self.x.detach(), list(found.sites))
+            rows = self._rows if sides == BOTH else self._rows.chunk(2)[BOTH.index(*sides)]
+            counts = torch.cat([counts[side] for side in sides]) if sides == BOTH else counts[sides[0]]
+        return Regions(rows, counts, rows_of_tables(self.truth, geometry.shape[1]))
+
     def _label(self) -> tuple[Tensor, Tensor, Tensor]:
         """Row map, counts and geometry of labels alone."""
         mask, ids = self.truth > 0.5, self.given.ids
@@ -131,7 +143,10 @@ class Scene:
 
     def _but_ignored(self, rows: Tensor) -> Tensor:
         ignored = self.given.ignored
-        return rows if ignored is None else rows.masked_fill(for_each_class(ignored, self.options), -1)
+        if ignored is None:
+            return rows
+        ignored = for_each_class(ignored, self.options)
+        return rows.masked_fill(ignored if len(rows) == len(ignored) else torch.cat((ignored, ignored)), -1)
 
 
 class RegionLoss(torch.autograd.Function):

@@ -164,6 +164,8 @@ def check_regions(seed):
     labels, counts = rows > 0, rows.flatten(1).amax(1).clamp(min=0)
     if kind == ops.CELLS:
         rows = torch.where(rows < 0, -1, near)
+        if draw.random() < 0.5:  # two sides
+            rows, counts = torch.cat((rows, rows.flip(0, 3))), torch.cat((counts, counts.flip(0)))
     labels |= torch.rand(shape, generator=g) < 0.05
     x = torch.randn(shape, generator=g, dtype=draw.choice([torch.float32, torch.float64])) * 3
     x = x.sigmoid() if activation == ops.NONE else x
@@ -172,7 +174,7 @@ def check_regions(seed):
     modes = draw.choice([[1.0, 1.0], [1.0, 0.0], [0.0, 1.0]])
     numbers = {
         ops.BLOB: [*modes, 0.1, float(seed % 2)],
-        ops.CELLS: [*modes, 0.1],
+        ops.CELLS: [*modes, 0.1, 0.3],
         ops.TVERSKY: [0.3, 0.7, draw.choice([1.0, 0.5]), 5.0, 0.1, 1e-5],
         ops.FALSE: [],
     }[kind]

@@ -83,10 +83,10 @@ def _add_up(
 
 
 def _sum_regions(x: Tensor, labels: Tensor, rows: Tensor, soft: bool, entropy: bool, kind: int, most: int) -> Numbers:
-    """Sums (B, most + 1, 6) over the regions of each sample, row 0 for what is in no instance."""
-    sums, none = np.zeros((len(x), most + 1, COLUMNS)), torch.empty(0, dtype=x.dtype)
-    truths = _truths(labels).reshape(len(x), -1)
-    for volume, truth, row, table in zip(x.flatten(1), truths, rows.flatten(1).numpy(), sums, strict=True):
+    """Sums (len(rows), most + 1, 6) over the regions of each sample, row 0 for what is in no instance."""
+    batch, none = len(x), torch.empty(0, dtype=x.dtype)
+    sums, maps = np.zeros((len(rows), most + 1, COLUMNS)), rows.flatten(1).numpy()
+    for sample, (volume, truth) in enumerate(zip(x.flatten(1), _truths(labels).reshape(batch, -1), strict=True)):
         for begin in range(0, len(volume), CHUNK):
             piece, here = volume[begin : begin + CHUNK], slice(begin, begin + CHUNK)
             p, logs, logs_of_rest = torch.sigmoid(piece) if soft else piece, none, none
@@ -94,9 +94,9 @@ def _sum_regions(x: Tensor, labels: Tensor, rows: Tensor, soft: bool, entropy: b
                 logs = torch.nn.functional.logsigmoid(piece.abs())
             elif entropy:
                 logs, logs_of_rest = p.log().clamp_(min=-100.0), (-p).log1p_().clamp_(min=-100.0)
-            _add_up(
-                piece.numpy(), p.numpy(), logs.numpy(), logs_of_rest.numpy(), truth[here], row[here], soft, kind, table
-            )
+            values = piece.numpy(), p.numpy(), logs.numpy(), logs_of_rest.numpy(), truth[here]
+            for row, table in zip(maps[sample::batch], sums[sample::batch], strict=True):
+                _add_up(*values, row[here], soft, kind, table)
     return sums
 
 
@@ -117,7 +117,7 @@ def _blob(table: Numbers, slopes: Numbers, numbers: list[float]) -> float:
 
 def _cells(table: Numbers, slopes: Numbers, numbers: list[float]) -> float:
     """Each cell by itself; a sample without instances is one."""
-    dice, ce, smooth = numbers
+    dice, ce, smooth, _ = numbers
     begin = 1 if len(table) > 1 else 0
     cells, slopes = table[begin:], slopes[begin:]
     mass, truth, size, count = cells[:, MASS], cells[:, TRUTH], np.maximum(cells[:, SIZE], 1), len(cells)
@@ -168,12 +168,12 @@ def region_loss(
     capacity: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Operator `region_loss` (ops.py)."""
-    batch, used = len(x), counts.numpy()
+    used = counts.numpy()
     most = int(max(1, used.max(initial=0)))
     entropy = kind in (ops.BLOB, ops.CELLS) and numbers[1] != 0
     sums = _sum_regions(x, labels, rows, activation != ops.NONE, entropy, kind, most)
-    slopes = np.zeros((batch, (capacity or most) + 1, ops.REGION_SLOPES))
-    values, shares = np.zeros(batch), np.zeros(batch)
+    slopes = np.zeros((len(rows), (capacity or most) + 1, ops.REGION_SLOPES))
+    values, shares = np.zeros(len(rows)), np.zeros(len(rows))
     for sample, count in enumerate(used.tolist()):
         table, of_sample = sums[sample, : count + 1], slopes[sample, : count + 1]
         shares[sample] = count > 0
@@ -187,24 +187,26 @@ def region_loss(
         elif count > 0:
             values[sample] = _blob(table, of_sample, numbers)
     # What counts of a class: its samples, those with instances, or regions; without any, its value is 0.
-    of_class = shares.reshape(-1, classes).sum(0)
+    by_class = len(rows) // max(len(x), 1), -1, classes  # the first are sides
+    of_class = shares.reshape(by_class).sum(1, keepdims=True)
     if kind == ops.TVERSKY:
-        of_class = of_class * (used.reshape(-1, classes) > 0).any(0)
-    factors = np.tile(1 / np.where(of_class > 0, of_class, np.inf), batch // classes) / classes
+        of_class = of_class * (used.reshape(by_class) > 0).any(1, keepdims=True)
+    factors = 1 / np.where(of_class > 0, of_class, np.inf) / classes
+    if len(of_class) == 2:
+        factors *= np.array([numbers[3], 1 - numbers[3]])[:, None, None]
+    factors = (factors * np.ones(shares.shape).reshape(by_class)).reshape(-1)
     value = (values * factors * (shares > 0)).sum() + (0 * sums[..., MASS]).sum()
     return torch.tensor(value, dtype=x.dtype), torch.from_numpy(slopes), torch.from_numpy(factors)
 
 
 @compiled
 def _differentiate(
-    x: NDArray[Any], p: NDArray[Any], truths: Marks, rows: Rows, table: NDArray[Any], soft: bool, kind: int,
-    grads: NDArray[Any],
-) -> None:  # fmt: skip
-    """Write the gradient of x, from the slopes of each region."""
+    p: NDArray[Any], truths: Marks, rows: Rows, table: NDArray[Any], soft: bool, kind: int, grads: NDArray[Any]
+) -> None:
+    """Add to the gradient of x what comes from the slopes of each region."""
     for voxel in range(len(p)):
         row, u, y = rows[voxel], p[voxel], truths[voxel] == 1
         if row < 0 or (row == 0 and y and kind != ops.CELLS):
-            grads[voxel] = 0
             continue
         line, rest = table[row], 1 - u
         by_p = line[BY_MASS] + u * line[BY_SQUARES]
@@ -212,9 +214,9 @@ def _differentiate(
         by_entropy = line[BY_CROSS_ENTROPY] * (-rest if y else u)
         # A zero stays one: where cross entropy is not asked for, its slope may be anything.
         if soft:
-            grads[voxel] = by_p * u * rest + by_entropy
+            grads[voxel] += by_p * u * rest + by_entropy
         else:
-            grads[voxel] = by_p + (by_entropy / max(u * rest, 1e-12) if line[BY_CROSS_ENTROPY] != 0 else 0)
+            grads[voxel] += by_p + (by_entropy / max(u * rest, 1e-12) if line[BY_CROSS_ENTROPY] != 0 else 0)
 
 
 def region_loss_backward(
@@ -230,12 +232,13 @@ def region_loss_backward(
     """Operator `region_loss_backward` (ops.py)."""
     # From NumPy, which asks the system for large pages.
     grads = torch.from_numpy(np.empty(tuple(x.shape), dtype=x.numpy().dtype))
-    soft, truths = activation != ops.NONE, _truths(labels).reshape(len(x), -1)
-    tables = (slopes * factors[:, None, None] * grad.double()).to(x.dtype).numpy()
-    volumes = zip(x.flatten(1), grads.flatten(1), truths, rows.flatten(1).numpy(), tables, strict=True)
-    for volume, into, truth, row, table in volumes:
+    batch, soft, truths = len(x), activation != ops.NONE, _truths(labels).reshape(len(x), -1)
+    maps, tables = rows.flatten(1).numpy(), (slopes * factors[:, None, None] * grad.double()).to(x.dtype).numpy()
+    for sample, (volume, into) in enumerate(zip(x.flatten(1), grads.flatten(1), strict=True)):
         for begin in range(0, len(volume), CHUNK):
             piece, here = volume[begin : begin + CHUNK], slice(begin, begin + CHUNK)
-            p = torch.sigmoid(piece, out=into[here]) if soft else piece
-            _differentiate(piece.numpy(), p.numpy(), truth[here], row[here], table, soft, kind, into[here].numpy())
+            p = (torch.sigmoid(piece) if soft else piece).numpy()
+            of_piece = into[here].zero_().numpy()
+            for row, table in zip(maps[sample::batch], tables[sample::batch], strict=True):
+                _differentiate(p, truths[sample, here], row[here], table, soft, kind, of_piece)
     return grads
