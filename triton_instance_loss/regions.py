@@ -58,9 +58,9 @@ class Scene:
             self.x, self.truth = to_activate(given, options), to_compare(given, options)
             self.carrier = carrier_of(self.x, given, options)
         self._found: Found | None = None
+        self._rows: Tensor | None = None  # the row maps of both sides
+        self._maps: dict[Sides, Regions] = {}
         self._instances: dict[int, Regions] = {}
-        self._rows: Tensor | None = None  # the row maps of both sides, or else
-        self._labelled: tuple[Tensor, Tensor, Tensor] | None = None  # what labels alone give
         self._cells: dict[Any, dict[Sides, Tensor]] = {}  # by spacing
 
     def search(self, pixel: tuple[int, int], options: Options) -> Search:
@@ -79,7 +79,7 @@ class Scene:
     def instances(self, side: int) -> Regions:
         """The regions that are the instances of a side."""
         if side not in self._instances:
-            regions = self._maps((side,))
+            regions = self._map((side,))
             self._instances[side] = regions._replace(rows=self._but_ignored(regions.rows.clamp(min=0)))
         return self._instances[side]
 
@@ -91,11 +91,11 @@ class Scene:
         elif sides not in made:
             missing = tuple([side for side in sides if (side,) not in made])
             if missing:
-                rows = ops.cells(self._maps(missing).rows, list(of_volume(spacing, self.options.spatial_dims)))
+                rows = ops.cells(self._map(missing).rows, list(of_volume(spacing, self.options.spatial_dims)))
                 made[missing] = self._but_ignored(rows)
             if missing != sides:
                 made[sides] = torch.cat([made[side,] for side in sides])
-        return self._maps(sides)._replace(rows=made[sides])
+        return self._map(sides)._replace(rows=made[sides])
 
     def unclaimed(self) -> Tensor:
         """(B, rows) bool: outputs that no label claims."""
@@ -117,18 +117,20 @@ class Scene:
                 value = value * health_of(self.given.outputs, self.truth)
         return value
 
-    def _maps(self, sides: Sides) -> Regions:
+    def _map(self, sides: Sides) -> Regions:
         """Row maps as they are found: below 0 where the foreground is in no instance, and nowhere else."""
-        if self._found is None and not self.outputs_too:  # so it is labels
-            self._labelled = rows, counts, geometry = self._labelled or self._label()
-        else:
-            found = self.found()
-            counts, geometry = found.counts, found.geometry
-            if self._rows is None:
-                self._rows = ops.row_maps(self.x.detach(), list(found.sites))
-            rows = self._rows if sides == BOTH else self._rows.chunk(2)[BOTH.index(*sides)]
-            counts = torch.cat([counts[side] for side in sides]) if sides == BOTH else counts[sides[0]]
-        return Regions(rows, counts, rows_of_tables(self.truth, geometry.shape[1]))
+        if sides not in self._maps:
+            if self._found is None and not self.outputs_too:  # so it is labels
+                rows, counts, geometry = self._label()
+            else:
+                found = self.found()
+                counts, geometry = found.counts, found.geometry
+                if self._rows is None:
+                    self._rows = ops.row_maps(self.x.detach(), list(found.sites))
+                rows = self._rows if sides == BOTH else self._rows.chunk(2)[BOTH.index(*sides)]
+                counts = torch.cat([counts[side] for side in sides]) if sides == BOTH else counts[sides[0]]
+            self._maps[sides] = Regions(rows, counts, rows_of_tables(self.truth, geometry.shape[1]))
+        return self._maps[sides]
 
     def _label(self) -> tuple[Tensor, Tensor, Tensor]:
         """Row map, counts and geometry of labels alone."""
