@@ -301,9 +301,9 @@ class CCLoss(ComponentLoss):
     def evaluate(self, scene: Scene) -> Tensor:
         """The loss of a scene."""
         self._look_at_cross_entropy(scene)
-        numbers = *_parts(self.mode), float(self.smooth), float(self.alpha)
-        sides = BOTH if 0 < self.alpha < 1 else (ops.OUTPUTS if self.alpha > 0 else ops.LABELS,)
-        return scene.loss(scene.cells(sides, self.spacing), ops.CELLS, numbers)
+        alpha = float(self.alpha)
+        sides = BOTH if 0 < alpha < 1 else (ops.OUTPUTS if alpha > 0 else ops.LABELS,)
+        return scene.loss(scene.cells(sides, self.spacing), ops.CELLS, (*_parts(self.mode), float(self.smooth), alpha))
 
 
 class ComponentTverskyLoss(ComponentLoss):
