@@ -80,7 +80,9 @@ class Scene:
         """The regions that are the instances of a side."""
         if side not in self._instances:
             regions = self._map((side,))
-            self._instances[side] = regions._replace(rows=self._but_ignored(regions.rows.clamp(min=0)))
+            # (labels by themselves are never below 0)
+            rows = regions.rows if self._rows is None else regions.rows.clamp(min=0)
+            self._instances[side] = regions._replace(rows=self._but_ignored(rows))
         return self._instances[side]
 
     def cells(self, sides: Sides, spacing: tuple[float, ...] | None) -> Regions:

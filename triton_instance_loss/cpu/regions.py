@@ -201,12 +201,15 @@ def region_loss(
 
 @compiled
 def _differentiate(
-    p: NDArray[Any], truths: Marks, rows: Rows, table: NDArray[Any], soft: bool, kind: int, grads: NDArray[Any]
-) -> None:
-    """Add to the gradient of x what comes from the slopes of each region."""
+    p: NDArray[Any], truths: Marks, rows: Rows, table: NDArray[Any], soft: bool, kind: int, adds: bool,
+    grads: NDArray[Any],
+) -> None:  # fmt: skip
+    """Write the gradient of x, from the slopes of each region, or add it to that of the side before."""
     for voxel in range(len(p)):
         row, u, y = rows[voxel], p[voxel], truths[voxel] == 1
+        before = grads[voxel] if adds else 0
         if row < 0 or (row == 0 and y and kind != ops.CELLS):
+            grads[voxel] = before
             continue
         line, rest = table[row], 1 - u
         by_p = line[BY_MASS] + u * line[BY_SQUARES]
@@ -214,9 +217,9 @@ def _differentiate(
         by_entropy = line[BY_CROSS_ENTROPY] * (-rest if y else u)
         # A zero stays one: where cross entropy is not asked for, its slope may be anything.
         if soft:
-            grads[voxel] += by_p * u * rest + by_entropy
+            grads[voxel] = before + by_p * u * rest + by_entropy
         else:
-            grads[voxel] += by_p + (by_entropy / max(u * rest, 1e-12) if line[BY_CROSS_ENTROPY] != 0 else 0)
+            grads[voxel] = before + by_p + (by_entropy / max(u * rest, 1e-12) if line[BY_CROSS_ENTROPY] != 0 else 0)
 
 
 def region_loss_backward(
@@ -237,8 +240,11 @@ def region_loss_backward(
     for sample, (volume, into) in enumerate(zip(x.flatten(1), grads.flatten(1), strict=True)):
         for begin in range(0, len(volume), CHUNK):
             piece, here = volume[begin : begin + CHUNK], slice(begin, begin + CHUNK)
-            p = (torch.sigmoid(piece) if soft else piece).numpy()
-            of_piece = into[here].zero_().numpy()
-            for row, table in zip(maps[sample::batch], tables[sample::batch], strict=True):
-                _differentiate(p, truths[sample, here], row[here], table, soft, kind, of_piece)
+            # (of one side, the gradient takes the place of p)
+            p = torch.sigmoid(piece, out=into[here] if len(rows) == batch else None) if soft else piece
+            sides = zip(maps[sample::batch], tables[sample::batch], strict=True)
+            for side, (row, table) in enumerate(sides):
+                _differentiate(
+                    p.numpy(), truths[sample, here], row[here], table, soft, kind, side > 0, into[here].numpy()
+                )
     return grads
