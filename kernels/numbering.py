@@ -91,12 +91,11 @@ def _tally_kernel(
     id = tl.load(ids_ptr + start + voxel, mask=voxel < V, other=0)
     tallies_ptr += start - 1  # ids start at 1
     if COUNTING:
-        largest = tl.max(id, axis=0)
-        while largest > 0:
+        while tl.max(id, axis=0) > 0:
+            largest = tl.max(id, axis=0)
             here = id == largest
             tl.atomic_add(tallies_ptr + largest, tl.sum(here.to(tl.int32), axis=0), sem="relaxed")
             id = tl.where(here, 0, id)
-            largest = tl.max(id, axis=0)
     else:
         tl.store(tallies_ptr + id, 1, mask=id > 0)
 
@@ -184,8 +183,8 @@ def _geometry_kernel(
 
         z, y, x = coordinates(voxel, H, W)
         row = tl.where(row <= _room(sample, capacity, rest_samples, rest), row, 0)  # more than promised: nowhere
-        largest = tl.max(row, axis=0)
-        while largest > 0:
+        while tl.max(row, axis=0) > 0:
+            largest = tl.max(row, axis=0)
             here = row == largest
             size = tl.sum(here.to(tl.int32), axis=0)
             if largest <= capacity:
@@ -197,7 +196,6 @@ def _geometry_kernel(
             else:
                 tl.atomic_add(rest_sizes_ptr + sample * rest + largest - capacity - 1, size, sem="relaxed")
             row = tl.where(here, 0, row)
-            largest = tl.max(row, axis=0)
 
 
 @triton.jit
@@ -272,8 +270,8 @@ def _cells_geometry_kernel(
             tl.store(ids_ptr + voxel, tl.where(foreground != 0, row[:, None], 0), mask=inside)
 
         row = tl.where(row <= _room(sample, capacity, rest_samples, rest), row, 0)  # more than promised: nowhere
-        largest = tl.max(row, axis=0)
-        while largest > 0:
+        while tl.max(row, axis=0) > 0:
+            largest = tl.max(row, axis=0)
             here = tl.where(row == largest, occupancy, 0)
             size = tl.sum(_voxels(here, 0xFF), axis=0)
             if largest <= capacity:
@@ -285,7 +283,6 @@ def _cells_geometry_kernel(
             else:
                 tl.atomic_add(rest_sizes_ptr + sample * rest + largest - capacity - 1, size, sem="relaxed")
             row = tl.where(row == largest, 0, row)
-            largest = tl.max(row, axis=0)
 
 
 def blocks_of(ids: Tensor) -> tuple[int, int]:

@@ -185,8 +185,8 @@ def _sum_regions_kernel(
             squares += tl.where(background, (p * p).to(tl.float64), 0.0)
         if ENTROPY:
             cost += tl.where(background, c.to(tl.float64), 0.0)
-        largest = tl.max(key, axis=0)
-        while largest > 0:
+        while tl.max(key, axis=0) > 0:
+            largest = tl.max(key, axis=0)
             here = key == largest
             _add(
                 sums_ptr + largest * COLUMNS, sum_where(p, here), _count(here & y),
@@ -194,7 +194,6 @@ def _sum_regions_kernel(
                 _count(here), KIND, ENTROPY,
             )  # fmt: skip
             key = tl.where(here, 0, key)
-            largest = tl.max(key, axis=0)
     voxels = tl.sum(size, axis=0)
     if voxels > 0:
         _add(
