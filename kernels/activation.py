@@ -124,10 +124,12 @@ def _activate_kernel(
     TILES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    label_type: tl.constexpr = labels_ptr.dtype.element_ty
+    # (as Triton 3.2 wants it: a type that is no constant, and its bits, which are one)
+    label_type = labels_ptr.dtype.element_ty
+    BITS: tl.constexpr = label_type.primitive_bitwidth
     # (narrow integers are compared as wider ones; without a sign, what is below 0 is above 1)
-    WIDE: tl.constexpr = tl.int32 if label_type.primitive_bitwidth < 32 else label_type
-    UNSIGNED: tl.constexpr = tl.uint64 if label_type.primitive_bitwidth == 64 else tl.uint32
+    WIDE: tl.constexpr = tl.int32 if BITS < 32 else label_type
+    UNSIGNED: tl.constexpr = tl.uint64 if BITS == 64 else tl.uint32
     COMPARED: tl.constexpr = label_type if label_type.is_floating() else UNSIGNED
     # Of y it is whole numbers that are added, for which a warp has one instruction.
     TRUTH: tl.constexpr = tl.int32 if PIXEL == PROBABILITY else tl.float64

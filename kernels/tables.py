@@ -76,8 +76,8 @@ NO_GRADIENT: tl.constexpr = tl.constexpr(ops.NO_GRADIENT)
 OF_MEAN: tl.constexpr = tl.constexpr(ops.OF_MEAN)
 OF_LOGARITHM: tl.constexpr = tl.constexpr(ops.OF_LOGARITHM)
 # For one warp (pairs.py), which reduces without barriers. A soft output or a cross entropy has several numbers a voxel
-# to keep instead of one; in a block of 256, some would not fit the registers.
-SUMS_BLOCK, LONG_SUMS_BLOCK = 256, 128
+# to keep instead of one; in a block of 128, some would not fit the registers.
+SUMS_BLOCK, LONG_SUMS_BLOCK = 256, 64
 # Four voxels a thread of one warp, so that a block of background is found without a barrier; two of float64, of which
 # more would not fit the registers.
 GRADIENT_BLOCK, WIDE_GRADIENT_BLOCK, GRADIENT_WARPS = 128, 64, 1
@@ -137,7 +137,9 @@ def _sum_instances_kernel(
             phi_0 = phi(a, tl.zeros_like(a), QUANTITY)
             phi_1 = phi(a, tl.zeros_like(a) + 1, QUANTITY)
             excess = tl.where(y > 0, 0.0, phi(a * a, tl.zeros_like(a), QUANTITY)) if NO_TP else phi_0
-            while tl.max(key, axis=0) > 0:
+            # (in a branch, Triton 3.2 takes no function as a condition, nor one that gives what nobody takes)
+            left = tl.max(key, axis=0) > 0
+            while left:
                 largest = tl.max(key, axis=0)
                 here = key == largest
                 out, lab = largest >> 32, largest & 0xFFFFFFFF
@@ -166,8 +168,9 @@ def _sum_instances_kernel(
                         tl.atomic_add(row_ptr + INTERSECTION, mass, sem="relaxed")
                         tl.atomic_add(row_ptr + COST, cost_1 if NO_TP else cost_1 - cost_0, sem="relaxed")
                         tl.atomic_add(row_ptr + OVERLAP, count, sem="relaxed")
-                        insert_pair(pairs_ptr + sample * pair_capacity, out, lab, pair_capacity, THREADS)
+                        _ = insert_pair(pairs_ptr + sample * pair_capacity, out, lab, pair_capacity, THREADS)
                 key = tl.where(here, 0, key)
+                left = tl.max(key, axis=0) > 0
 
 
 @triton.jit
